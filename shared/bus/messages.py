@@ -1,0 +1,235 @@
+"""Every message on the bus, version 1. Requests to instances come first, then what instances tell a gateway.
+
+The public request API has its own messages beside these, at the end. `docs/protocol.md` says how they follow each other.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.errors import ErrorBody
+from shared.registry.records import GatewayRecord, InstanceRecord
+from shared.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+RefusalReason = Literal["no_slot", "no_blocks", "draining", "wrong_role", "wrong_epoch", "wrong_model", "duplicate", "expired"]
+
+
+class Message(BaseModel):
+    """A message between services. Unknown fields are ignored, so that a newer peer may add some."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    v: Literal[1] = 1
+
+
+class KVLease(Message):
+    """Where a request's KV waits: `num_tokens` tokens in `num_bytes` bytes at `host:port`, until `expires_at` (Unix seconds)."""
+
+    lease_id: str
+    instance_id: str
+    host: str
+    port: int
+    num_tokens: int
+    num_bytes: int
+    expires_at: float
+
+
+class PrefillRequest(Message):
+    """Gateway to prefill instance: compute the KV of `token_ids` and the next token. Answered at once by `Answer`.
+
+    `token_ids` are the prompt's `num_prompt_tokens` and, when a failed attempt is taken over, what it had generated.
+    """
+
+    request_id: str
+    gateway_id: str
+    epoch: int
+    fingerprint: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class DecodeRequest(Message):
+    """Gateway to decode instance: fetch the KV under `lease` and go on from `token_ids`, whose last has no KV yet."""
+
+    request_id: str
+    gateway_id: str
+    epoch: int
+    fingerprint: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    lease: KVLease
+
+
+class Answer(Message):
+    """An instance's answer to a request: accepted, or refused with the reason. No work has been done either way."""
+
+    accepted: bool
+    reason: RefusalReason | None = None
+
+
+class Cancel(Message):
+    """Gateway to instance: stop these requests and free what they hold. Unknown ids are no error."""
+
+    request_ids: list[str]
+
+
+class TopLogprob(Message):
+    token_id: int
+    logprob: float
+
+
+class TokenLogprobs(Message):
+    """The chosen token's log probability under the unmodified distribution, and the likeliest tokens beside it."""
+
+    logprob: float
+    top: list[TopLogprob] = Field(default_factory=list)
+
+
+class OutputToken(Message):
+    """One generated token. `index` counts the request's generated tokens from 0, over all attempts."""
+
+    request_id: str
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Prefilled(Message):
+    """Prefill instance to gateway (`prefilled`): the first token, and the lease on its KV unless the request has ended."""
+
+    instance_id: str
+    token: OutputToken
+    lease: KVLease | None
+
+
+class StepTokens(Message):
+    """Decode instance to gateway (`tokens`): what one step generated for all of this gateway's requests."""
+
+    instance_id: str
+    tokens: list[OutputToken]
+
+
+class Failed(Message):
+    """Instance to gateway (`failed`): it gives the request up and holds nothing of it any more."""
+
+    instance_id: str
+    request_id: str
+    error: ErrorBody
+
+
+class GroupStatus(Message):
+    """A group as the controller sees it; instances by id."""
+
+    name: str
+    model: str | None
+    prefill: list[str]
+    decode: list[str]
+    late: list[str]
+
+
+class InstanceStatus(InstanceRecord):
+    """An instance's record and how long ago (seconds) its heartbeat last moved; `late` if that is too long."""
+
+    heartbeat_age_s: float
+    late: bool
+
+
+class Status(Message):
+    """The controller's answer on STATUS."""
+
+    version: str
+    controller: str
+    groups: list[GroupStatus]
+    instances: list[InstanceStatus]
+    gateways: list[GatewayRecord]
+
+
+class ApiMessage(BaseModel):
+    """A message of the public request API: unknown fields are refused, so that a misspelt one is noticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatMessage(ApiMessage):
+    role: str
+    content: str
+
+
+class GenerateRequest(ApiMessage):
+    """A client's request on GENERATE: exactly one of `prompt`, `prompt_token_ids` and `messages`.
+
+    Fields left out take the values the HTTP API gives them. `timeout_s` bounds the whole request.
+    """
+
+    v: Literal[1] = 1
+    id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_-]+$")] | None = None
+    model: str | None = None
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+    messages: list[ChatMessage] | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    timeout_s: float | None = None
+
+
+class GenerateChunk(ApiMessage):
+    """A piece of the answer, in the client's inbox; `index` counts chunks from 0, so a gap is noticed."""
+
+    v: Literal[1] = 1
+    type: Literal["chunk"] = "chunk"
+    id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class GenerateUsage(ApiMessage):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class GenerateDone(ApiMessage):
+    """The terminal message of a request that was served."""
+
+    v: Literal[1] = 1
+    type: Literal["done"] = "done"
+    id: str
+    index: int
+    finish_reason: FinishReason
+    usage: GenerateUsage
+
+
+class GenerateFailed(ApiMessage):
+    """The terminal message of a request that was not; `error.code` is one of `shared/errors.py`."""
+
+    v: Literal[1] = 1
+    type: Literal["error"] = "error"
+    id: str
+    index: int
+    error: ErrorBody
+
+
+class CancelGenerate(ApiMessage):
+    """A client's wish on CANCEL to end its request; the stream then ends with the error `cancelled`."""
+
+    v: Literal[1] = 1
+    id: str

@@ -1,0 +1,42 @@
+"""Every NATS subject. `docs/protocol.md` has the same table with the messages beside it."""
+
+PREFIX = "pdserve.v1"
+
+GENERATE = f"{PREFIX}.generate"
+"""The public request API; gateways share it as one queue group."""
+
+CANCEL = f"{PREFIX}.cancel"
+"""Public: ends a request of the API by its id; every gateway hears it."""
+
+STATUS = f"{PREFIX}.controller.status"
+"""Public: the controller's view of groups, instances and gateways."""
+
+GATEWAYS = "gateways"
+"""The queue group in which gateways share GENERATE."""
+
+CONTROLLERS = "controllers"
+"""The queue group in which controllers share STATUS."""
+
+
+def instance(instance_id: str, verb: str) -> str:
+    """The subject of one verb of an instance: `prefill`, `decode`, `cancel`, or `gone.<gateway id>` (see `gone`).
+
+    All verbs of an instance arrive over one subscription (`instance(id, ">")`), so a cancel never overtakes its request.
+    """
+    return f"{PREFIX}.instance.{instance_id}.{verb}"
+
+
+def gateway(gateway_id: str, verb: str) -> str:
+    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request id>`; in order too."""
+    return f"{PREFIX}.gateway.{gateway_id}.{verb}"
+
+
+def gone(key: str) -> str:
+    """The verb under which NATS tells a sender (503, no responders) that nobody listens to the stream that it calls `key`."""
+    return f"gone.{key}"
+
+
+def verb_and_key(subject: str) -> tuple[str, str]:
+    """The verb of a subject of `instance` or `gateway`, and the key behind it, if any."""
+    tokens = subject.split(".")
+    return tokens[4], ".".join(tokens[5:])

@@ -1,0 +1,134 @@
+"""Every error that crosses a boundary, with its HTTP status and its code on the wire.
+
+    PDServeError
+    ├── RequestError                what a client can be told
+    │   ├── InvalidRequest          400  invalid_request
+    │   │   └── ContextTooLong      400  context_length_exceeded
+    │   ├── InvalidAPIKey           401  invalid_api_key
+    │   ├── ModelNotFound           404  model_not_found
+    │   ├── BodyTooLarge            413  body_too_large
+    │   ├── Overloaded              429  overloaded             no free slot before the TTFT deadline
+    │   ├── Cancelled               499  cancelled
+    │   ├── InstanceFailed          500  instance_failed        every attempt met a failing instance
+    │   ├── NoInstance              503  no_instance            nobody there to serve it
+    │   └── DeadlineExceeded        504  deadline_exceeded
+    ├── TransferFailed              a KV fetch that did not end in a verified copy
+    ├── PeerUnavailable             an instance that did not answer a request on the bus
+    ├── BusUnavailable              NATS cannot be reached
+    ├── RegistryUnavailable         Redis cannot be reached
+    ├── ModelRefused                a model that this engine cannot serve right
+    └── SettingsInvalid             a setting that is unknown or has a bad value
+"""
+
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+
+class ErrorBody(BaseModel):
+    """An error as it travels: in a NATS message, or as the `error` object of an HTTP answer."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class PDServeError(Exception):
+    """The root of all errors of this project."""
+
+
+class RequestError(PDServeError):
+    """An error that ends one request and is told to its client.
+
+    Args:
+        message: one sentence that says what is wrong and what to do.
+        param: the request field that is at fault, if one is.
+        retry_after_s: seconds after which trying again makes sense, if it does.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> ErrorBody:
+        return ErrorBody(code=self.code, message=self.message, param=self.param, retry_after_s=self.retry_after_s)
+
+
+class InvalidRequest(RequestError):
+    status = 400
+    code = "invalid_request"
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidAPIKey(RequestError):
+    status = 401
+    code = "invalid_api_key"
+
+
+class ModelNotFound(RequestError):
+    status = 404
+    code = "model_not_found"
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+    code = "body_too_large"
+
+
+class Overloaded(RequestError):
+    status = 429
+    code = "overloaded"
+
+
+class Cancelled(RequestError):
+    status = 499
+    code = "cancelled"
+
+
+class InstanceFailed(RequestError):
+    status = 500
+    code = "instance_failed"
+
+
+class NoInstance(RequestError):
+    status = 503
+    code = "no_instance"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    code = "deadline_exceeded"
+
+
+class TransferFailed(PDServeError):
+    """A KV fetch broke off, came late, or did not match its header."""
+
+
+class PeerUnavailable(PDServeError):
+    """A peer does not listen on the bus, or gave no answer in time."""
+
+
+class BusUnavailable(PDServeError):
+    """NATS cannot be reached."""
+
+
+class RegistryUnavailable(PDServeError):
+    """Redis cannot be reached."""
+
+
+class ModelRefused(PDServeError):
+    """The model cannot be served right; the message names the model and the reason."""
+
+
+class SettingsInvalid(PDServeError):
+    """A setting is unknown or has a bad value; the message says what to write."""

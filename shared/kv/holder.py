@@ -1,0 +1,154 @@
+"""The prefill side of the hand-off: KV held under leases, and the TCP server that lets decode instances fetch it.
+
+A lease has one owner (the request), one end, and is let go exactly once: when its KV was fetched and acknowledged, when the
+request is cancelled, or when its time is over. Never while its bytes are on the wire: a fetch that has begun ends first.
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from shared.errors import TransferFailed
+from shared.kv import wire
+from shared.kv.layout import KVLayout
+
+SWEEP_S = 0.25
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Lease:
+    """KV that waits: its bytes in order, and what to call once they are no longer needed (`fetched`: by acknowledgement)."""
+
+    lease_id: str
+    num_tokens: int
+    views: Sequence[memoryview]
+    expires_at: float
+    let_go: Callable[[bool], None]
+    on_wire: bool = False
+    ended: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(view) for view in self.views)
+
+
+class KVHolder:
+    """Holds leases and serves them at `host:port`. Used from the event loop only."""
+
+    def __init__(self, layout: KVLayout, host: str, port: int, stall_timeout_s: float) -> None:
+        self._layout = layout
+        self._stall_timeout_s = stall_timeout_s
+        self._leases: dict[str, Lease] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = _listen(host, port)
+        self.host = host
+        self.port: int = self._server.getsockname()[1]
+
+    def hold(self, lease: Lease) -> None:
+        """Keeps a lease's KV until it is let go."""
+        self._leases[lease.lease_id] = lease
+
+    def release(self, lease_id: str, *, fetched: bool = False) -> None:
+        """Ends a lease; without effect where it has ended. One that is on the wire is let go when its transfer is over."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is None:
+            return
+        lease.ended = True
+        if not lease.on_wire:
+            lease.let_go(fetched)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator["KVHolder"]:
+        """Serves fetches and ends leases whose time is over, until the block ends."""
+        self._start(self._accept())
+        self._start(self._sweep())
+        try:
+            yield self
+        finally:
+            self._server.close()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._server)
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._start(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                while True:
+                    request = await wire.receive_frame(connection, wire.FetchRequest, None)
+                    await self._serve_fetch(connection, request)
+            except TransferFailed as error:
+                log.debug("a KV connection ended: %s", error)
+
+    async def _serve_fetch(self, connection: socket.socket, request: wire.FetchRequest) -> None:
+        lease = self._leases.get(request.lease_id)
+        refused = self._refusal(lease, request)
+        if lease is None or refused:
+            await wire.send_frame(connection, wire.KVHeader(refused=refused), self._stall_timeout_s)
+            return
+        lease.on_wire = True
+        done = False
+        try:
+            done = await self._send(connection, lease)
+        finally:
+            lease.on_wire = False
+            if lease.ended:
+                lease.let_go(done)
+        if done:
+            self.release(lease.lease_id, fetched=True)
+
+    def _refusal(self, lease: Lease | None, request: wire.FetchRequest) -> str | None:
+        if lease is None:
+            return "no such lease: it has ended, or its KV was fetched"
+        if request.layout != self._layout:
+            return "the KV layouts differ: both instances need the same model, dtype and block size"
+        if lease.on_wire:
+            return "another fetch of this lease is under way"
+        return None
+
+    async def _send(self, connection: socket.socket, lease: Lease) -> bool:
+        """Header, bytes, acknowledgement; whether the fetcher has a verified copy."""
+        header = wire.KVHeader(
+            num_tokens=lease.num_tokens,
+            num_bytes=lease.num_bytes,
+            checksum=await asyncio.to_thread(wire.checksum, lease.views),
+        )
+        await wire.send_frame(connection, header, self._stall_timeout_s)
+        await wire.send_views(connection, lease.views, self._stall_timeout_s)
+        return (await wire.receive_frame(connection, wire.FetchDone, self._stall_timeout_s)).ok
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.time()
+            for lease in [one for one in self._leases.values() if one.expires_at <= now]:
+                log.warning("lease %s ended: nobody fetched its KV in time", lease.lease_id)
+                self.release(lease.lease_id)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    server = socket.create_server((host, port), backlog=128)
+    server.setblocking(False)
+    return server

@@ -1,0 +1,166 @@
+"""Every setting, read once at start from `PDSERVE_*` variables; no other file reads the environment.
+
+A service takes one frozen class. A variable with our prefix that no class knows, or a value out of range, stops the start
+with a sentence that says what to write (`SettingsInvalid`).
+"""
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import SettingsInvalid
+from shared.registry.records import Role
+
+PREFIX = "PDSERVE_"
+DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "models" / "demo")
+LAUNCHER_VARIABLES = frozenset({"PDSERVE_UP_DIR"})
+
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Settings(BaseSettings):
+    """What every service needs: where the bus and the registry are, and how hearts beat."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    redis_url: str = "redis://127.0.0.1:6379"
+    group: Name = "default"
+    heartbeat_s: Seconds = 0.5
+    heartbeat_late_s: Seconds = 2.0
+    """A heartbeat that has not moved for so long is late: its instance gets no requests, and loses those it has."""
+    record_ttl_s: Seconds = 5.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    connect_timeout_s: Seconds = 10.0
+    """How long a service tries to reach NATS and Redis at start before it gives up."""
+    drain_timeout_s: Seconds = 10.0
+    """How long a service that is asked to end may go on with the requests it has."""
+
+
+class ModelSettings(Settings):
+    """Settings of the services that know the model."""
+
+    model: str = DEMO_MODEL
+    """A folder with the model's files, or the id of a model on the hub."""
+    model_name: str | None = None
+    """The name clients use; the last part of `model` unless set."""
+
+    @property
+    def served_model_name(self) -> str:
+        return self.model_name or (Path(self.model).name if Path(self.model).exists() else self.model)
+
+
+class GatewaySettings(ModelSettings):
+    """Settings of `services.gateway`."""
+
+    http_host: str = "127.0.0.1"
+    http_port: Port = 8000
+    api_keys: str = ""
+    """Keys that clients may use, separated by commas; none means that everybody may."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    request_timeout_s: Seconds = 600.0
+    ttft_timeout_s: Seconds = 60.0
+    """A request that no prefill instance has accepted by then ends with 429."""
+    token_timeout_s: Seconds = 60.0
+    """An instance that has a request and is silent for so long has failed it."""
+    answer_timeout_s: Seconds = 2.0
+    """How long an instance may take to accept or refuse."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """How many instances may fail a request before it fails."""
+    max_waiting: Annotated[int, Field(ge=1)] = 1024
+    """How many requests may wait in this gateway for a slot; one more is refused with 429."""
+
+    @property
+    def api_key_set(self) -> frozenset[str]:
+        return frozenset(key.strip() for key in self.api_keys.split(",") if key.strip())
+
+
+class InstanceSettings(ModelSettings):
+    """Settings of `services.prefill` and `services.decode`."""
+
+    role: Role = "prefill"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu"] = "cpu"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Torch threads of this instance; 0 takes all cores of the machine."""
+    kv_host: str = "127.0.0.1"
+    """The address on which other instances fetch KV from this one."""
+    kv_port: Port = 0
+    kv_pool_bytes: Annotated[int, Field(ge=2**20)] = 2**30
+    block_size: Literal[8, 16, 32, 64, 128] = 16
+    max_model_len: Annotated[int, Field(ge=0)] = 0
+    """The longest request in tokens, prompt and answer; 0 takes the model's, or what the pool holds if that is less."""
+    prefill_slots: Annotated[int, Field(ge=1)] = 8
+    decode_slots: Annotated[int, Field(ge=1)] = 64
+    max_step_tokens: Annotated[int, Field(ge=16)] = 512
+    """The token budget of one engine step."""
+    lease_s: Seconds = 30.0
+    """How long a prefill instance keeps KV that nobody fetches."""
+    fetch_timeout_s: Seconds = 30.0
+    stall_timeout_s: Seconds = 5.0
+    """How long a KV connection may stand still before the fetch is given up."""
+
+
+class ControllerSettings(Settings):
+    """Settings of `services.controller`."""
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load(kind: type[AnySettings], **overrides: object) -> AnySettings:
+    """Reads `kind` from the environment; `overrides` win.
+
+    Raises:
+        SettingsInvalid: an unknown `PDSERVE_*` variable, or a bad value.
+    """
+    refuse_unknown(os.environ)
+    try:
+        return kind(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsInvalid("; ".join(_sentence(dict(item)) for item in error.errors())) from error
+
+
+def refuse_unknown(environment: Mapping[str, str]) -> None:
+    """Raises `SettingsInvalid` where the environment has a variable of ours that no service knows."""
+    known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields} | LAUNCHER_VARIABLES
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise SettingsInvalid(f"{name} is no setting of pdserve. Known are: {', '.join(sorted(known))}.")
+
+
+def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
+    """This process's environment with settings (by field name) added, for a child process; None leaves one out."""
+    added = {PREFIX + name.upper(): str(value) for name, value in settings.items() if value is not None}
+    return {**os.environ, **added}
+
+
+def tracing_endpoint_is_set() -> bool:
+    """Whether the standard OpenTelemetry variables ask for traces."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return False
+    return bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+
+
+def hostname() -> str:
+    """This machine's name as it may stand in an id."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:32]
+
+
+def _every_kind(kind: type[Settings]) -> list[type[Settings]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _every_kind(child))]
+
+
+def _sentence(item: Mapping[str, object]) -> str:
+    location = item["loc"]
+    assert isinstance(location, tuple)
+    name = PREFIX + str(location[0]).upper() if location else PREFIX + "*"
+    return f"{name}={item['input']!r} cannot be used: {item['msg']}"
