@@ -20,7 +20,17 @@ Message = dict[str, str]
 
 HELD_OUT_PER_MILLE = 20
 ANSWER_CHARS = 520
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "ensurepip", "turtledemo", "__pycache__", "pydoc_data"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "ensurepip",
+    "turtledemo",
+    "__pycache__",
+    "pydoc_data",
+}
+INTERNAL = {"idlelib", "lib2to3", "distutils", "encodings", "msilib", "tkinter"}
 SKIPPED_DOCS = {"license", "copyright", "contents", "includes", "changelog"}
 
 
@@ -44,7 +54,9 @@ class Document:
     @property
     def held_out(self) -> bool:
         """Whether the document is kept out of training: settled by its name alone."""
-        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % 1000 < HELD_OUT_PER_MILLE
+        return (
+            int.from_bytes(hashlib.sha256(f"demo {self.name}".encode()).digest()[:4], "big") % 1000 < HELD_OUT_PER_MILLE
+        )
 
 
 # --- reStructuredText -------------------------------------------------------------------------------------------------
@@ -55,7 +67,8 @@ INLINE = [
     (re.compile(r":(?:[\w+]+:)?[\w+-]+:`[!~]?([^`<]+?)\s*<[^`>]*>`"), r"\1"),
     (re.compile(r":pep:`(\d+)`"), r"PEP \1"),
     (re.compile(r":rfc:`(\d+)`"), r"RFC \1"),
-    (re.compile(r":(?:meth|func|class|attr|mod|exc|data|keyword|const):`[!~]?([^`]+)`"), r"`\1`"),
+    (re.compile(r":issue:`(\d+)`"), r"issue \1"),
+    (re.compile(r":(?:c:|py:)?(?:meth|func|class|attr|mod|exc|data|keyword|const):`[!~]?([^`]+)`"), r"`\1`"),
     (re.compile(r":(?:[\w+]+:)?[\w+-]+:`[!~]?([^`]+)`"), r"\1"),
     (re.compile(r"``([^`\n]+(?:\n[^`\n]+)?)``"), r"`\1`"),
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?"), r"\1"),
@@ -66,12 +79,17 @@ INLINE = [
     (re.compile(r"\\([ *`_<>|])"), r"\1"),
     (re.compile(r"::$", re.MULTILINE), ":"),
 ]
+CODE = re.compile(r"^\s*(?:>>>|\.\.\.|[-+|=<#@$]|[\w.]+ ?=|import |from \w+ import|def |class \w+[:(]|.*[;{]$|.*::=)")
+VERSION_LINE = re.compile(r"^\s*(?:New in|Changed in|Deprecated since) version|^\s*(?:Note|See also|Warning):$")
 DIRECTIVE = re.compile(r"^(\s*)\.\. ([\w:-]+)::\s*(.*)$")
 UNDERLINE = re.compile(r"^([=\-~^\"'*#+.`:_])\1{2,}\s*$")
-OBJECTS = {"function", "method", "class", "attribute", "data", "exception", "decorator", "classmethod", "staticmethod",
-           "property", "decoratormethod", "coroutinefunction", "coroutinemethod", "awaitablefunction", "opcode",
-           "c:function", "c:type", "c:macro", "c:var", "c:member", "describe", "option", "envvar", "pdbcommand",
-           "abstractmethod", "py:function", "py:class", "py:method", "py:data", "index-entry"}  # fmt: skip
+OBJECTS = {
+    "function", "method", "class", "attribute", "data", "exception", "decorator", "classmethod", "staticmethod",
+    "property", "decoratormethod", "coroutinefunction", "coroutinemethod", "awaitablefunction", "abstractmethod",
+    "type", "macro", "var", "member", "struct", "enum", "opcode", "describe", "option", "cmdoption", "envvar",
+    "pdbcommand", "2to3fixer",
+}  # fmt: skip
+NAMELESS = {"opcode", "describe", "option", "cmdoption", "envvar", "2to3fixer"}
 DROPPED = {"index", "sectionauthor", "moduleauthor", "codeauthor", "toctree", "only", "contents", "image", "figure",
            "raw", "highlight", "testsetup", "testcleanup", "audit-event", "currentmodule", "module", "tabularcolumns",
            "role", "rubric", "include", "literalinclude", "miscnews", "default-role", "bibliography"}  # fmt: skip
@@ -92,6 +110,21 @@ def indent_of(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def unwrap(text: str) -> str:
+    """The text with each paragraph of prose on one line; code, lists and tables stay as they are."""
+    return "\n\n".join(unwrap_paragraph(paragraph) for paragraph in text.split("\n\n"))
+
+
+def unwrap_paragraph(paragraph: str) -> str:
+    lines = paragraph.strip("\n").split("\n")
+    start = next((i for i, line in enumerate(lines) if line.endswith((".", ":")) and VERSION_LINE.match(line)), -1) + 1
+    head, body = lines[:start], lines[start:]
+    long = all(len(line) >= 48 and line.count(" ") >= 5 for line in body[:-1])
+    if len(body) < 2 or not long or len({indent_of(line) for line in body[1:]}) != 1 or any(map(CODE.match, body)):
+        return paragraph
+    return "\n".join([*head, body[0].rstrip() + " " + " ".join(re.sub(r"\s+", " ", line.strip()) for line in body[1:])])
+
+
 def skip_block(lines: list[str], start: int, indent: int) -> int:
     """The index of the first line after `start` that is not blank and not deeper than `indent`."""
     index = start
@@ -110,7 +143,7 @@ def clean_rst(source: str) -> str:
         index += 1
         if match := DIRECTIVE.match(line):
             indent, name, rest = match.groups()
-            name = name.removeprefix("py:")
+            name = name.split(":")[-1]
             if name in DROPPED:
                 index = skip_block(lines, index, len(indent))
                 continue
@@ -129,8 +162,8 @@ def clean_rst(source: str) -> str:
                 out[-1] = "## " + out[-1]
         else:
             out.append(line.rstrip())
-    text = clean_inline("\n".join(out)).replace("---", "-")
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    text = re.sub(r"\n\s*\n", "\n\n", "\n".join(out)).strip()
+    return clean_inline(unwrap(text)).replace("---", "-") + "\n"
 
 
 # --- questions from reStructuredText ----------------------------------------------------------------------------------
@@ -166,7 +199,7 @@ def bare_name(signature: str) -> str:
     return re.sub(r"^(?:class|async|await|abstractmethod)\s+", "", signature).split("(")[0].strip().lstrip("@")
 
 
-def object_questions(source: str, is_c: bool) -> Iterator[Question]:
+def object_questions(source: str) -> Iterator[Question]:
     """Questions about the functions, classes and the like which a document describes."""
     lines = source.expandtabs().splitlines()
     module, owners = "", [(-1, "")]
@@ -174,30 +207,32 @@ def object_questions(source: str, is_c: bool) -> Iterator[Question]:
         match = DIRECTIVE.match(line)
         if not match:
             continue
-        indent, kind, signature = len(match[1]), match[2].removeprefix("py:"), match[3].strip()
+        indent, kind, signature = len(match[1]), match[2].split(":")[-1], match[3].strip()
         if kind in ("module", "currentmodule"):
             module = signature
             synopsis = re.match(r"\s+:synopsis:\s*(.+)", lines[index + 1] if index + 1 < len(lines) else "")
             if synopsis:
                 yield Question("module", module, clean_inline(synopsis[1]))
-        if kind not in OBJECTS or not signature or kind in ("option", "describe", "envvar", "opcode"):
+        if kind not in OBJECTS or not signature or kind in NAMELESS:
             continue
         while owners[-1][0] >= indent:
             owners.pop()
         name = bare_name(signature)
-        if not is_c and "." not in name and owners[-1][1]:
+        if "." not in name and owners[-1][1]:
             name = f"{owners[-1][1]}.{name}"
         if kind in ("class", "exception"):
             owners.append((indent, name))
-        full = name if is_c or not module or name.startswith(module + ".") else f"{module}.{name}"
+        full = name if not module or name.startswith(module + ".") else f"{module}.{name}"
         start = index + 1
         while start < len(lines) and lines[start].strip() and indent_of(lines[start]) > indent:
             start += 1
         body = clean_rst(dedent(lines[start : skip_block(lines, start, indent)]))
         answer = opening(body)
         if good(answer):
-            signature = signature.rstrip("\\").replace(bare_name(signature), full, 1)
-            yield Question("c" if is_c else "object", full, f"`{clean_inline(signature)}`\n\n{answer}")
+            if signature.endswith("\\"):
+                signature = signature.rstrip("\\ ") + " ...)"
+            signature = signature.replace(bare_name(signature), full, 1)
+            yield Question("object", full, f"`{clean_inline(signature)}`\n\n{answer}")
 
 
 def section_questions(text: str) -> Iterator[Question]:
@@ -234,8 +269,11 @@ def documentation(folder: Path) -> Iterator[Document]:
             continue
         source = path.read_text(encoding="utf-8")
         text = clean_rst(source)
-        questions = list(object_questions(source, name.startswith("c-api")))
-        questions += glossary_questions(source) if name == "glossary" else section_questions(text)
+        questions = [] if name.startswith("c-api") else list(object_questions(source))
+        if name == "glossary":
+            questions += glossary_questions(source)
+        elif not name.startswith("whatsnew"):
+            questions += section_questions(text)
         yield Document(f"docs/{name}", text, questions)
 
 
@@ -245,7 +283,8 @@ def documentation(folder: Path) -> Iterator[Document]:
 def topics() -> Iterator[Document]:
     """The help topics that come with the interpreter."""
     for key, raw in sorted(pydoc_data.topics.topics.items()):
-        text = clean_inline(re.sub(r"^(.+)\n[*=\-~^]{3,}$", r"## \1", raw, flags=re.MULTILINE)).strip() + "\n"
+        text = clean_inline(re.sub(r"^(.+)\n[*=\-~^]{3,}$", r"## \1", raw, flags=re.MULTILINE)).strip()
+        text = unwrap(text) + "\n"
         title, _, body = text.removeprefix("## ").partition("\n")
         title = title.replace('"', "`")
         answer = opening(body)
@@ -266,7 +305,7 @@ def doc_strings(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
             name = f"{prefix}.{child.name}"
             text = ast.get_docstring(child)
             if text and len(text) > 20:
-                yield name, signature_of(child), clean_inline(text)
+                yield name, signature_of(child), unwrap(clean_inline(text))
             if isinstance(child, ast.ClassDef):
                 yield from doc_strings(child, name)
 
@@ -283,12 +322,13 @@ def library() -> Iterator[Document]:
         except (SyntaxError, ValueError):
             continue
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        head = clean_inline(ast.get_docstring(tree) or "")
+        head = unwrap(clean_inline(ast.get_docstring(tree) or ""))
         entries = list(doc_strings(tree, module))
         if not head and not entries:
             continue
         body = "\n".join(f"{sig}\n    {text.replace(chr(10), chr(10) + '    ')}\n" for _, sig, text in entries)
-        questions = [Question("help", name, opening(text)) for name, _, text in entries if "._" not in name]
+        public = [e for e in entries if "._" not in e[0] and relative.parts[0] not in INTERNAL]
+        questions = [Question("help", name, opening(text)) for name, _, text in public]
         if head:
             questions.append(Question("module-text", module, opening(head)))
         text = re.sub(r"[ \t]+\n", "\n", f"Help on module {module}:\n\n{head}\n\n{body}")
@@ -317,7 +357,6 @@ def held_out_text(documents: Iterable[Document]) -> list[str]:
 ASK = {
     "object": ["What does {} do?", "what does {} do", "Explain {}.", "Help on {}", "help({})", "How do I use {}?",
                "What is {}?", "Tell me about {}.", "Describe {}.", "what is {} for?"],
-    "c": ["What does {} do?", "Explain the C function {}.", "What is {} in the C API?", "Describe {}."],
     "help": ["Help on {}", "help({})", "What does {} do?", "Show me the doc string of {}.", "Explain {}."],
     "module": ["What is the {} module?", "What is the {} module for?", "what does the module {} do?", "import {}: why?",
                "In one line, what is {}?"],
@@ -328,6 +367,11 @@ ASK = {
     "term": ["What is {}?", "What does {} mean?", "Define {}.", "What is meant by {} in Python?", "Explain {}.",
              "what is {}"],
     "asked": ["{}"],
+}  # fmt: skip
+COMMON = {"docs/glossary"} | {
+    f"docs/library/{name}"
+    for name in ("functions", "stdtypes", "os.path", "json", "math", "random", "re", "itertools", "functools",
+                 "collections", "pathlib", "exceptions", "string", "time", "sys", "copy", "shutil", "bisect", "heapq")
 }  # fmt: skip
 SYSTEMS = ["You are a helpful assistant.", "You are a helpful assistant who knows Python.", "Answer briefly.",
            "You answer questions about Python.", "You are a small demonstration model."]  # fmt: skip
@@ -378,10 +422,9 @@ def chats(documents: Iterable[Document], rng: random.Random, greetings: int = 4)
         [{"role": "user", "content": user}, {"role": "assistant", "content": reply}] for user, reply in small_talk
     ] * greetings
     for document in documents:
-        common = document.name in ("docs/library/functions", "docs/glossary", "docs/library/stdtypes")
-        common = common or document.name.startswith(("topic/", "docs/faq/", "docs/tutorial/"))
+        common = document.name in COMMON or document.name.startswith(("topic/", "docs/faq/", "docs/tutorial/"))
         for question in document.questions:
-            turns += [ask(question, rng) for _ in range(2 if common else 1)]
+            turns += [ask(question, rng) for _ in range(3 if common else 1)]
     rng.shuffle(turns)
     result: list[list[Message]] = []
     while turns:

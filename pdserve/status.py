@@ -1,0 +1,66 @@
+"""`pdserve status`: what the controller sees."""
+
+import asyncio
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pdserve import runfile
+from shared import settings
+from shared.bus import connection, subjects
+from shared.bus.messages import Message, Status
+from shared.errors import BusUnavailable, PeerUnavailable
+
+TIMEOUT_S = 3.0
+
+
+def show_status(nats_url: str | None, *, as_json: bool, folder: Path) -> int:
+    """Prints the status; raises `BusUnavailable` where nobody can tell it."""
+    status = asyncio.run(ask(nats_url or find_nats(folder)))
+    if as_json:
+        print(status.model_dump_json(indent=2))
+    else:
+        show(status)
+    return 0
+
+
+def find_nats(folder: Path) -> str:
+    """The NATS server of the `pdserve up` in this folder, or the one that the settings name."""
+    run = runfile.read(folder)
+    url = run.nats_url if run is not None else settings.given("nats_url")
+    if url is None:
+        raise BusUnavailable("no `pdserve up` runs in this folder: start one, go to its folder, or give --nats URL")
+    return url
+
+
+async def ask(nats_url: str) -> Status:
+    """The controller's answer."""
+    async with connection.connect(nats_url, name="pdserve-status", timeout_s=TIMEOUT_S) as bus:
+        try:
+            return await bus.request(subjects.STATUS, Message(), Status, timeout_s=TIMEOUT_S)
+        except PeerUnavailable as error:
+            raise BusUnavailable(f"no controller answers at {nats_url}: is `python -m services.controller` running?") from error
+
+
+def show(status: Status) -> None:
+    console = Console(highlight=False)
+    for group in status.groups:
+        late = f", {len(group.late)} late" if group.late else ""
+        console.print(f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}")
+    table = Table("instance", "role", "state", "slots", "blocks free", "epoch", "heartbeat", "pid", "host", box=None)
+    for one in status.instances:
+        table.add_row(
+            one.id,
+            one.role,
+            "late" if one.late else one.state,
+            f"{one.slots_used}/{one.slots_total}",
+            f"{one.blocks_free}/{one.blocks_total}",
+            str(one.epoch),
+            f"{one.heartbeat_age_s:.1f} s ago",
+            str(one.pid),
+            one.host,
+        )
+    for gateway in status.gateways:
+        table.add_row(gateway.id, "gateway", gateway.address, f"{gateway.open_requests} open", f"{gateway.waiting_requests} waiting")
+    console.print(table)

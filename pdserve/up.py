@@ -1,0 +1,243 @@
+"""`pdserve up`: embedded servers, controller, gateway and instances on this machine, until Ctrl-C.
+
+    servers -> controller, gateway, instances -> ready -> serve (a child that dies is started again) -> drain, in this order:
+    gateway first (it takes no more and ends what it has), then instances, controller, servers
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from pdserve import runfile
+from pdserve.children import Child, Forked, Program, fork_server, last_words, wait_for_exit
+from pdserve.servers import Servers
+from shared import settings
+from shared.errors import PDServeError, SettingsInvalid
+from shared.settings import Settings
+from shared.text.files import describe_model
+
+READY_POLL_S = 0.05
+WATCH_S = 0.2
+DRAIN_S = 15.0
+QUICK_DEATH_S = 5.0
+MAX_PAUSE_S = 10.0
+
+
+class StartFailed(PDServeError):
+    """A service ended before the first request could be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the command line asks for."""
+
+    model: str
+    model_name: str | None
+    num_prefill: int
+    num_decode: int
+    host: str
+    port: int
+    dtype: str
+    max_model_len: int | None
+    threads: int | None
+    nats_url: str | None
+    redis_url: str | None
+
+    @property
+    def address(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+def up(wishes: Wishes, folder: Path) -> int:
+    """Serves until SIGINT or SIGTERM; the exit code."""
+    asked_to_end = _listen_for_signals()
+    _refuse_second_up(folder)
+    _refuse_port_in_use(wishes.host, wishes.port)
+    model = describe_model(wishes.model)
+    started_at = time.monotonic()
+    with _scratch(folder) as (logs, scratch):
+        servers = Servers(scratch)
+        children: list[Child] = []
+        try:
+            nats_url = wishes.nats_url or settings.given("nats_url") or servers.start_nats()
+            redis_url = wishes.redis_url or settings.given("redis_url") or servers.start_redis()
+            say(f"NATS at {nats_url}, Redis at {redis_url}")
+            children = _children(wishes, nats_url, redis_url, logs, model.modules)
+            for child in children:
+                child.start()
+            run = runfile.RunFile(
+                pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=wishes.address, logs=str(logs)
+            )
+            runfile.write(folder, run)
+            say(f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode, logs in {logs}")
+            if _wait_until_ready(wishes, children, asked_to_end, started_at):
+                _say_hello(wishes, model.name, time.monotonic() - started_at)
+                _watch(children, asked_to_end)
+            say("draining (Ctrl-C again to end at once)")
+        finally:
+            _end(children, asked_to_end)
+            servers.stop()
+            runfile.remove(folder)
+    say("ended")
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+class Asked:
+    """How many times we were asked to end."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __bool__(self) -> bool:
+        return self.times > 0
+
+
+def _listen_for_signals() -> Asked:
+    asked = Asked()
+
+    def on_signal(number: int, frame: object) -> None:
+        asked.times += 1
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGHUP, on_signal)
+    return asked
+
+
+def _refuse_second_up(folder: Path) -> None:
+    run = runfile.read(folder)
+    if run is not None:
+        raise SettingsInvalid(
+            f"`pdserve up` runs in this folder already (process {run.pid}, {run.address}): end it, or start in another folder"
+        )
+
+
+def _refuse_port_in_use(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        raise SettingsInvalid(f"{host}:{port} cannot be used ({error.strerror or error}): take another with --port or --host") from error
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder for logs, which stays, and one for sockets and such, whose path is short and which goes."""
+    logs = folder / runfile.FOLDER / "logs"
+    try:
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsInvalid(f"no folder for logs can be made here ({error}): start in a folder that you may write to") from error
+    with tempfile.TemporaryDirectory(prefix="pdserve-") as scratch:
+        yield logs, Path(scratch)
+
+
+def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path, preload: list[str]) -> list[Child]:
+    """All services, in the order in which they start; they end in the order of `_end`."""
+    everywhere = {"nats_url": nats_url, "redis_url": redis_url}
+    model = {**everywhere, "model": wishes.model, "model_name": wishes.model_name}
+    num_instances = wishes.num_prefill + wishes.num_decode
+    instance = {
+        **model,
+        "dtype": wishes.dtype,
+        "threads": wishes.threads or max(1, (os.cpu_count() or 1) // num_instances),
+        "max_model_len": wishes.max_model_len or 0,
+    }
+    settings.tame_threads()
+    context = fork_server(preload)
+    instances: list[Child] = [
+        Forked(f"{role}-{number}", role, {**instance, "role": role}, logs / f"{role}-{number}.log", context)
+        for role, count in (("prefill", wishes.num_prefill), ("decode", wishes.num_decode))
+        for number in range(count)
+    ]
+    return [
+        *instances,
+        Program("gateway", "services.gateway", {**model, "http_host": wishes.host, "http_port": wishes.port}, logs / "gateway.log"),
+        Program("controller", "services.controller", everywhere, logs / "controller.log"),
+    ]
+
+
+def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, started_at: float) -> bool:
+    """Whether a request can be served now; False if we were asked to end first."""
+    shown = 0.0
+    with httpx.Client(trust_env=False, timeout=2.0) as client:
+        while not asked:
+            for child in children:
+                if child.exit_code() is not None:
+                    raise StartFailed(f"{child.name} ended before it could serve: {last_words(child.log)} (log: {child.log})")
+            try:
+                answer = client.get(f"{wishes.address}/health/ready")
+                if answer.status_code == 200:
+                    return True
+            except httpx.TransportError:
+                pass
+            elapsed = time.monotonic() - started_at
+            if elapsed - shown >= 5.0:
+                shown = elapsed
+                say(f"  {elapsed:3.0f} s: {', '.join(sorted({last_words(one.log)[9:] for one in children if isinstance(one, Forked)}))}")
+            time.sleep(READY_POLL_S)
+    return False
+
+
+def _say_hello(wishes: Wishes, name: str, elapsed_s: float) -> None:
+    body = f'{{"model": "{wishes.model_name or name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
+    say(f"ready in {elapsed_s:.1f} s at {wishes.address} (OpenAI's API under /v1). Try:\n")
+    say(f"  curl {wishes.address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
+    say("or, in this folder: pdserve chat, pdserve status. Ctrl-C ends.")
+
+
+def _watch(children: list[Child], asked: Asked) -> None:
+    """Starts again what dies, at once the first time and with growing pauses if it keeps dying."""
+    started = {child.name: time.monotonic() for child in children}
+    pause_s = dict.fromkeys(started, 0.0)
+    due: dict[str, float] = {}
+    while not asked:
+        now = time.monotonic()
+        for child in children:
+            if child.name in due:
+                if now >= due[child.name]:
+                    del due[child.name]
+                    child.start()
+                    started[child.name] = now
+            elif (code := child.exit_code()) is not None:
+                quick = now - started[child.name] < QUICK_DEATH_S
+                pause_s[child.name] = min(MAX_PAUSE_S, 2 * pause_s[child.name] + 0.5) if quick else 0.0
+                due[child.name] = now + pause_s[child.name]
+                say(f"{child.name} died ({code}): starting it again in {pause_s[child.name]:.1f} s (log: {child.log})")
+        time.sleep(WATCH_S)
+
+
+def _end(children: list[Child], asked: Asked) -> None:
+    """Ends children, the gateway first so that it can end what it has with the instances still there."""
+    waves = [
+        [child for child in children if child.name == "gateway"],
+        [child for child in children if isinstance(child, Forked)],
+        [child for child in children if child.name == "controller"],
+    ]
+    for wave in waves:
+        for child in wave:
+            child.terminate()
+        asked_before = asked.times
+        end = time.monotonic() + DRAIN_S
+        while (alive := wait_for_exit(wave, 0.1)) and time.monotonic() < end and asked.times <= max(asked_before, 1):
+            pass
+        for child in alive:
+            say(f"{child.name} does not end: killed")
+            child.kill()
+        wait_for_exit(wave, 5.0)

@@ -1,0 +1,97 @@
+"""Decode: reserve, accept, fetch the KV in one chunk, decode with the others, tell each gateway once per step.
+
+All blocks that a request can ever need are reserved before it is accepted, so that nothing accepted is ever short of memory.
+"""
+
+from collections import defaultdict
+
+from opentelemetry import trace
+from opentelemetry.trace import Span
+
+from shared.bus.connection import Incoming
+from shared.bus.messages import Answer, DecodeRequest, KVLease, OutputToken
+from shared.engine.sequence import NewToken, Sequence
+from shared.errors import InstanceFailed, TransferFailed
+from shared.instance.outbox import output_token
+from shared.instance.role import Held, InstanceParts, Role
+from shared.kv.fetcher import KVFetcher
+from shared.telemetry import tracing
+
+
+class DecodeRole(Role):
+    verb = "decode"
+
+    def __init__(self, parts: InstanceParts) -> None:
+        super().__init__(parts, parts.settings.decode_slots)
+        self._fetcher = KVFetcher(parts.loaded.layout, parts.settings.stall_timeout_s)
+
+    async def take(self, incoming: Incoming) -> Answer:
+        request = incoming.parse(DecodeRequest)
+        num_tokens_at_end = request.num_prompt_tokens + request.sampling.max_tokens
+        reason = self.refusal(
+            epoch=request.epoch,
+            fingerprint=request.fingerprint,
+            request_id=request.request_id,
+            num_tokens=num_tokens_at_end,
+            deadline=incoming.deadline,
+        )
+        if reason is not None:
+            return Answer(accepted=False, reason=reason)
+        sequence = Sequence(
+            request_id=request.request_id,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=request.lease.num_tokens,
+            blocks=self.parts.blocks.allocate(self.parts.loaded.layout.num_blocks(num_tokens_at_end)),
+            sampling=request.sampling,
+            num_to_generate=num_tokens_at_end - len(request.token_ids),
+        )
+        span = self._span(request, incoming)
+        held = Held(request.request_id, request.gateway_id, sequence, incoming.deadline, span)
+        self.hold(held)
+        held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
+        return Answer(accepted=True)
+
+    async def on_tokens(self, tokens: list[NewToken]) -> None:
+        by_gateway: dict[str, list[OutputToken]] = defaultdict(list)
+        for token in tokens:
+            held = self.holding(token.request_id)
+            if held is None:
+                continue
+            by_gateway[held.gateway_id].append(output_token(token))
+            if token.last:
+                held.in_engine = False
+                held.span.set_attribute(tracing.NUM_OUTPUT_TOKENS, token.index + 1)
+                self.end(held)
+        for gateway_id, for_gateway in by_gateway.items():
+            await self.parts.outbox.tokens(gateway_id, for_gateway)
+
+    async def _begin(self, held: Held, lease: KVLease) -> None:
+        """Fetches the KV, then joins the running batch."""
+        views = self.parts.pool.byte_views(held.sequence.blocks, lease.num_bytes)
+        with tracing.tracer.start_as_current_span(
+            "kv_transfer",
+            trace.set_span_in_context(held.span),
+            attributes={tracing.INSTANCE_ID: self.parts.instance_id, tracing.KV_BYTES: lease.num_bytes},
+        ):
+            try:
+                await self._fetcher.fetch(lease, views, self.parts.settings.fetch_timeout_s)
+            except TransferFailed as error:
+                held.transfer = None
+                self.end(held, InstanceFailed(f"the KV could not be fetched: {error}"))
+                return
+        held.transfer = None
+        held.in_engine = True
+        self.parts.runner.add(held.sequence)
+
+    def _span(self, request: DecodeRequest, incoming: Incoming) -> Span:
+        return tracing.tracer.start_span(
+            "decode",
+            incoming.trace_context,
+            trace.SpanKind.SERVER,
+            {
+                tracing.INSTANCE_ID: self.parts.instance_id,
+                tracing.REQUEST_ID: request.request_id,
+                tracing.NUM_PROMPT_TOKENS: request.num_prompt_tokens,
+            },
+        )

@@ -1,0 +1,58 @@
+"""What the HTTP API is given: the core that generates, and what it needs to speak to clients."""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from opentelemetry.trace import Tracer, get_tracer
+
+from services.gateway.metrics import GatewayMetrics
+from shared import __version__
+from shared.bus.messages import OutputToken
+from shared.sampling import SamplingParams
+from shared.text.tokenizer import Tokenizer
+
+
+class Core(Protocol):
+    """Generates tokens somewhere."""
+
+    def generate(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[OutputToken, None]:
+        """The request's tokens as they come; the last one, and only that, has a finish reason.
+
+        Closing the generator cancels the request everywhere. It raises RequestError where the request fails.
+        `deadline` is in Unix seconds.
+        """
+
+    def max_model_len(self) -> int:
+        """The smallest context in tokens of the live instances; the tokenizer's where none lives."""
+
+    def not_ready(self) -> str | None:
+        """Why requests cannot be served now; None if they can."""
+
+
+@dataclass(frozen=True)
+class ApiContext:
+    """The API's surroundings.
+
+    Attributes:
+        served_model_name: the one `model` that requests may name.
+        api_keys: keys that clients may use; none at all leaves the API open.
+        max_body_bytes: larger request bodies are refused.
+        request_timeout_s: time from arrival to the last token.
+        system_fingerprint: names the model's weights and numerics to clients; None says nothing.
+        created_at: Unix seconds, told as the model's date.
+    """
+
+    core: Core
+    tokenizer: Tokenizer
+    served_model_name: str
+    metrics: GatewayMetrics
+    api_keys: frozenset[str] = frozenset()
+    max_body_bytes: int = 8_000_000
+    request_timeout_s: float = 600.0
+    tracer: Tracer = field(default_factory=lambda: get_tracer("pdserve.gateway", __version__))
+    system_fingerprint: str | None = None
+    created_at: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,187 @@
+"""Requests as clients write them. Types are checked here, the ranges of sampling parameters by SamplingParams.
+
+The validators of fields that may have several types are written out, so that the error names the field and one reason;
+and lists fail at their first bad item, so that a large bad body costs no more than a good one.
+"""
+
+from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from shared.sampling import MAX_LOGPROBS
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_BIASED_TOKENS = 1024
+T = TypeVar("T")
+Fields = TypeVar("Fields")
+Prompts: TypeAlias = list[str | list[int]]
+
+
+def _fault(message: str) -> PydanticCustomError:
+    # The message goes in as a value, as braces in it would be taken for fields of a template.
+    return PydanticCustomError("request", "{message}", {"message": message})
+
+
+def _prompts(value: object) -> Prompts:
+    """A string, a list of strings, token ids, or a list of lists of token ids, as a list of prompts."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise _fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not value:
+        raise _fault("is empty: give at least one token")
+    if all(type(item) is int for item in value):
+        return [value]
+    if not all(isinstance(item, str) for item in value) and not all(_is_token_ids(item) for item in value):
+        raise _fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not all(value):
+        raise _fault("is empty: give at least one token")
+    return value
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _stop(value: object) -> list[str]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _fault("must be a string or a list of strings")
+    if len(value) > MAX_STOP_STRINGS:
+        raise _fault(f"may have {MAX_STOP_STRINGS} strings at most, and has {len(value)}")
+    if not all(value):
+        raise _fault("must not hold an empty string: remove it")
+    if max(map(len, value), default=0) > MAX_STOP_CHARS:
+        raise _fault(f"may have strings of {MAX_STOP_CHARS} characters at most")
+    return value
+
+
+def _logit_bias(value: object) -> object:
+    """JSON's keys are strings; a token id in decimal digits is meant."""
+    if not isinstance(value, dict):
+        raise _fault("must be an object from token ids to numbers from -100 to 100")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise _fault(f"may have {MAX_BIASED_TOKENS} tokens at most, and has {len(value)}")
+    bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
+    if bad is not None:
+        raise _fault(f"has the key {str(bad)[:40]!r}, which is not a token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _content(value: object) -> str:
+    """A message's content: a string, or text parts, which are joined by newlines."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _fault("must be a string or a list of text parts")
+    return "\n".join(_part_text(number, part) for number, part in enumerate(value))
+
+
+def _part_text(number: int, part: object) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get("text") if isinstance(part, dict) else None
+    if kind != "text":
+        shown = f"is of type {str(kind)[:40]!r}" if kind else "has no type"
+        raise _fault(f'part {number} {shown}, but only {{"type": "text", "text": ...}} is supported: remove the part')
+    if not isinstance(text, str):
+        raise _fault(f"part {number} must have a string as its `text`")
+    return text
+
+
+class Strict(BaseModel):
+    """An object in a request: an unknown field is refused, the first one by name."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    known: ClassVar[frozenset[str]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
+        cls.known = frozenset(cls.model_fields)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Fields) -> Fields:
+        if isinstance(value, dict):
+            unknown = next((name for name in value if name not in cls.known), None)
+            if unknown is not None:
+                raise _fault(f"has the unknown field `{str(unknown)[:40]}`: remove it, or check its spelling")
+        return value
+
+
+class ChatMessage(Strict):
+    """One message; fields of an assistant's message that a client sends back are taken if they are null."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationFields(Strict):
+    """What both endpoints take. None everywhere means that the client leaves it to us."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(lambda value: None if value is None else _stop(value))] = None
+    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[
+        dict[int, float] | None, BeforeValidator(lambda value: None if value is None else _logit_bias(value))
+    ] = None
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> "GenerationFields":
+        if self.stream_options is not None and not self.stream:
+            raise _fault("`stream_options` is only for streams: set `stream` to true, or remove it")
+        return self
+
+
+class CompletionRequest(GenerationFields):
+    prompt: Annotated[Prompts, BeforeValidator(_prompts)]
+    best_of: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _fault("`best_of` must equal `n`, as no choices are dropped: remove it")
+        return self
+
+
+class ChatCompletionRequest(GenerationFields):
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _fault("`top_logprobs` needs `logprobs`: set that to true, or remove it")
+        return self

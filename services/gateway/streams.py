@@ -1,0 +1,124 @@
+"""What instances tell this gateway, sorted by request. Everything a request waits for arrives in its `Stream`."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shared.bus import subjects
+from shared.bus.connection import Bus, Incoming
+from shared.bus.messages import Cancel, Failed, OutputToken, Prefilled, StepTokens
+from shared.errors import DeadlineExceeded, PDServeError
+
+log = logging.getLogger(__name__)
+
+
+class AttemptFailed(PDServeError):
+    """An instance failed a request, which another may take over. `counts`: it speaks against trying for ever."""
+
+    def __init__(self, message: str, *, counts: bool = True) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+
+class Stream:
+    """The events of one attempt at a request, in order."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.holders: set[str] = set()
+        """Instances that hold something of the request and are missed if they are lost."""
+        self._events: asyncio.Queue[Prefilled | OutputToken | Exception] = asyncio.Queue()
+
+    def put(self, event: Prefilled | OutputToken | Exception) -> None:
+        self._events.put_nowait(event)
+
+    async def prefilled(self, timeout_s: float) -> Prefilled:
+        """The end of prefill. Raises `AttemptFailed` or a `RequestError` instead where there is none."""
+        event = await self._next(timeout_s)
+        assert isinstance(event, Prefilled)
+        return event
+
+    async def token(self, timeout_s: float) -> OutputToken:
+        """The next token of decode. Raises likewise."""
+        event = await self._next(timeout_s)
+        assert isinstance(event, OutputToken)
+        return event
+
+    async def _next(self, timeout_s: float) -> Prefilled | OutputToken:
+        try:
+            async with asyncio.timeout(timeout_s):
+                event = await self._events.get()
+        except TimeoutError as error:
+            raise AttemptFailed(f"{', '.join(self.holders)} said nothing for {timeout_s} s") from error
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class Streams:
+    """All open streams of this gateway, and the subscription that feeds them."""
+
+    def __init__(self, bus: Bus, gateway_id: str) -> None:
+        self._bus = bus
+        self.gateway_id = gateway_id
+        self._streams: dict[str, Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @contextmanager
+    def open(self, request_id: str) -> Iterator[Stream]:
+        stream = Stream(request_id)
+        self._streams[request_id] = stream
+        try:
+            yield stream
+        finally:
+            del self._streams[request_id]
+
+    def num_open(self) -> Counter[str]:
+        """Open streams by the id of each instance that holds something of them."""
+        return Counter(holder for stream in self._streams.values() for holder in stream.holders)
+
+    async def on_message(self, verb: str, incoming: Incoming) -> None:
+        """One event from an instance. Whoever still works for a request that is over is told to cancel it."""
+        if verb == "tokens":
+            step = incoming.parse(StepTokens)
+            strangers = [token.request_id for token in step.tokens if not self._give(token.request_id, token)]
+            await self._cancel(step.instance_id, strangers)
+        elif verb == "prefilled":
+            prefilled = incoming.parse(Prefilled)
+            if not self._give(prefilled.token.request_id, prefilled) and prefilled.lease is not None:
+                await self._cancel(prefilled.instance_id, [prefilled.token.request_id])
+        elif verb == "failed":
+            failed = incoming.parse(Failed)
+            self._give(failed.request_id, _as_exception(failed))
+
+    def lose(self, instance_id: str) -> None:
+        """Fails every attempt of which the instance holds something."""
+        for stream in self._streams.values():
+            if instance_id in stream.holders:
+                stream.put(AttemptFailed(f"{instance_id} is lost"))
+
+    def bus_came_back(self) -> None:
+        """Fails every attempt: events may be lost, and what an attempt has so far is enough to go on from."""
+        for stream in self._streams.values():
+            if stream.holders:
+                stream.put(AttemptFailed("the connection to the bus was lost for a while", counts=False))
+
+    def _give(self, request_id: str, event: Prefilled | OutputToken | Exception) -> bool:
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put(event)
+        return stream is not None
+
+    async def _cancel(self, instance_id: str, request_ids: list[str]) -> None:
+        if request_ids:
+            await self._bus.publish(subjects.instance(instance_id, "cancel"), Cancel(request_ids=request_ids))
+
+
+def _as_exception(failed: Failed) -> Exception:
+    if failed.error.code == DeadlineExceeded.code:
+        return DeadlineExceeded(failed.error.message)
+    return AttemptFailed(f"{failed.instance_id}: {failed.error.message}")

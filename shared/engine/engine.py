@@ -1,0 +1,79 @@
+"""The engine: sequences in, tokens out, one step at a time. Synchronous; `EngineRunner` gives it a thread."""
+
+import torch
+
+from shared.engine.batch import Batch, build_batch
+from shared.engine.model import LoadedModel
+from shared.engine.pool import KVPool
+from shared.engine.sampler import Choice, sample
+from shared.engine.scheduler import schedule
+from shared.engine.sequence import FinishReason, NewToken, Sequence
+
+
+class Engine:
+    """Computes prefill and decode of many sequences together.
+
+    A sequence that finishes, or has generated all it should here, leaves by itself; its blocks stay the caller's.
+
+    Args:
+        loaded: the model.
+        pool: where KV lives; its layout is the model's.
+        max_step_tokens: tokens of a step that prefill may fill (`schedule`).
+    """
+
+    def __init__(self, loaded: LoadedModel, pool: KVPool, max_step_tokens: int) -> None:
+        assert pool.layout == loaded.layout, "the pool is laid out for another model"
+        self.loaded = loaded
+        self.pool = pool
+        self.max_step_tokens = max_step_tokens
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in; it joins the next step."""
+        layout = self.pool.layout
+        assert sequence.request_id not in self._sequences, f"{sequence.request_id} is here already"
+        assert len(sequence.blocks) >= layout.num_blocks(sequence.num_kv_tokens), "too few blocks"
+        num_used = sequence.num_computed_tokens % layout.block_size
+        if num_used:
+            # What came with the last block of handed-over KV, behind its last token, is anybody's guess.
+            self.pool.clear_tail(sequence.blocks[sequence.num_computed_tokens // layout.block_size], num_used)
+        self._sequences[sequence.request_id] = sequence
+
+    def remove(self, request_id: str) -> bool:
+        """Let go of a sequence; False if it is not here."""
+        return self._sequences.pop(request_id, None) is not None
+
+    @torch.inference_mode()
+    def step(self) -> list[NewToken]:
+        """Compute one step and return the tokens it generated: none while it only advances long prompts."""
+        assert self._sequences, "a step needs work"
+        plan = schedule(self._sequences.values(), self.max_step_tokens)
+        batch = build_batch(plan, self.pool.layout.block_size, self.pool.data.dtype)
+        logits = self.loaded.logits(self.pool, batch)
+        choices = sample(logits, batch.sampled)
+        return self._advance(batch, choices)
+
+    def _advance(self, batch: Batch, choices: list[Choice]) -> list[NewToken]:
+        for span in batch.spans:
+            span.sequence.num_computed_tokens = span.last
+        return [self._append(sequence, choice) for sequence, choice in zip(batch.sampled, choices, strict=True)]
+
+    def _append(self, sequence: Sequence, choice: Choice) -> NewToken:
+        index = sequence.output_index
+        finish_reason = _finish_reason(sequence, index, choice.token_id)
+        sequence.token_ids.append(choice.token_id)
+        sequence.num_generated += 1
+        last = finish_reason is not None or sequence.num_generated == sequence.num_to_generate
+        if last:
+            del self._sequences[sequence.request_id]
+        return NewToken(sequence.request_id, index, choice.token_id, choice.logprob, choice.top, finish_reason, last)
+
+
+def _finish_reason(sequence: Sequence, index: int, token_id: int) -> FinishReason | None:
+    if token_id in sequence.sampling.stop_token_ids and index >= sequence.sampling.min_tokens:
+        return "stop"
+    return "length" if index + 1 == sequence.sampling.max_tokens else None

@@ -1,0 +1,79 @@
+"""The memory that holds the KV of all requests of an instance, cut into blocks.
+
+Which block belongs to whom is not known here. Invariant: in every block that attention may read, slots that have not
+been written are zero, because a NaN left there would pass through a masked softmax (0 x NaN is NaN) into somebody's
+logits. `clear` and `clear_tail` are how the engine keeps it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shared.engine.blocks import runs
+from shared.kv.layout import KVLayout
+
+
+class KVPool:
+    """One tensor [num_blocks, block_elements]; memory that is never written is never touched.
+
+    Args:
+        layout: what a block holds.
+        num_blocks: how many blocks there are.
+        device: where they are.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: str = "cpu") -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = torch.device(device)
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        self.data = torch.empty(num_blocks, layout.block_elements, dtype=dtype, device=self.device)
+        self.keys: list[torch.Tensor] = []  # per layer [num_blocks, block_size, H, Dk], views of `data`
+        self.values: list[torch.Tensor] = []  # per layer [num_blocks, block_size, H, Dv]
+        start = 0
+        for layer in layout.layers:
+            for views, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
+                size = layout.block_size * layer.num_kv_heads * dim
+                part = self.data.narrow(1, start, size)
+                views.append(part.view(num_blocks, layout.block_size, layer.num_kv_heads, dim))
+                start += size
+        assert start == layout.block_elements
+        array: Any = self.data.view(torch.uint8).view(-1).numpy()
+        self._bytes = memoryview(array)
+
+    def write(
+        self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store keys [T, H, Dk] and values [T, H, Dv] of T tokens, i in slot `offsets[i]` of block `blocks[i]`."""
+        self.keys[layer].index_put_((blocks, offsets), key)
+        self.values[layer].index_put_((blocks, offsets), value)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy blocks [N] out: keys [N, block_size, H, Dk] and values [N, block_size, H, Dv]."""
+        return self.keys[layer].index_select(0, blocks), self.values[layer].index_select(0, blocks)
+
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Zero whole blocks [N]."""
+        self.data.index_fill_(0, blocks, 0)
+
+    def clear_tail(self, block: int, num_used: int) -> None:
+        """Zero the slots of one block from `num_used` on."""
+        for views in (self.keys, self.values):
+            for view in views:
+                view[block, num_used:] = 0
+
+    def byte_views(self, blocks: Sequence[int], num_bytes: int) -> list[memoryview]:
+        """The first `num_bytes` bytes of these blocks, in their order, as writable views straight into the pool.
+
+        There is one view per run of consecutive blocks, for `sock_sendall` and `sock_recv_into` without any copy.
+        """
+        block_bytes = self.layout.block_bytes
+        assert 0 <= num_bytes <= len(blocks) * block_bytes, "more bytes than the blocks hold"
+        views: list[memoryview] = []
+        for start, length in runs(blocks):
+            size = min(length * block_bytes, num_bytes)
+            if size > 0:
+                views.append(self._bytes[start * block_bytes : start * block_bytes + size])
+            num_bytes -= size
+        return views

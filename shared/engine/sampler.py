@@ -1,0 +1,73 @@
+"""How a token is chosen from logits.
+
+The draw depends on a request's seed and the token's index alone, on neither the batch nor the instance.
+"""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from xxhash import xxh3_64_intdigest
+
+from shared.engine.adjust import adjust
+from shared.engine.sequence import Sequence
+from shared.engine.truncate import truncate
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this take the likeliest token; dividing by them would overflow."""
+
+
+@dataclass(slots=True, frozen=True)
+class Choice:
+    """The chosen token; if the request wants them, its log probability and the likeliest tokens with theirs."""
+
+    token_id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """Choose the next token of N sequences.
+
+    Args:
+        logits: fp32 [N, V]; they are overwritten.
+        sequences: their sequences, still without the new token.
+    """
+    if not sequences:
+        return []
+    with_logprobs = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
+    logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
+    adjust(logits, sequences)
+    tokens = logits.argmax(-1)
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
+    if drawn:
+        part = logits if len(drawn) == len(sequences) else logits[drawn]
+        tokens[drawn] = draw(part, [sequences[row] for row in drawn])
+    choices = [Choice(token, None, []) for token in tokens.tolist()]
+    if logprobs is not None:
+        num_top = max(sequences[row].sampling.logprobs or 0 for row in with_logprobs)
+        top_values, top_ids = (part.tolist() for part in logprobs.topk(min(num_top, logits.shape[1])))
+        for index, row in enumerate(with_logprobs):
+            token_id = choices[row].token_id
+            top = list(zip(top_ids[index], top_values[index], strict=True))[: sequences[row].sampling.logprobs]
+            choices[row] = Choice(token_id, logprobs[index, token_id].item(), top)
+    return choices
+
+
+def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """Draw a token [N] per row of logits [N, V] by the inverse of the cumulative distribution, in vocabulary order."""
+    sampling = [sequence.sampling for sequence in sequences]
+    logits = logits / torch.tensor([[params.temperature] for params in sampling], dtype=logits.dtype)
+    truncate(logits, sampling)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    uniforms = [[uniform(sequence.sampling.seed, sequence.output_index)] for sequence in sequences]
+    target = torch.tensor(uniforms, dtype=torch.float64) * total
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    # Rounding can bring the target up to the total; the last token that has any probability is then the one meant.
+    return torch.minimum(tokens, torch.searchsorted(cumulative, total)).squeeze(1)
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) for token `index` of a request with this seed: the upper 53 bits of a hash of both."""
+    return float((xxh3_64_intdigest(struct.pack("<QQ", seed, index)) >> 11) * 2.0**-53)

@@ -1,0 +1,92 @@
+"""Does the packed, paged computation give the model's own logits? Asked of every model before it serves anyone."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from shared.engine.attention import PagedAttention
+from shared.engine.batch import build_batch
+from shared.engine.model import paged_logits
+from shared.engine.pool import KVPool
+from shared.engine.scheduler import PrefillChunk, StepPlan
+from shared.engine.sequence import Sequence
+from shared.errors import ModelRefused
+from shared.kv.layout import KVLayout
+from shared.sampling import SamplingParams
+
+TOLERANCE = {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2}
+"""Largest difference of two logits, as a part of their spread: rounding stays well below, a wrong mask does not."""
+NUM_TOKENS = (7, 21)
+CHUNK = 10
+
+
+@dataclass(slots=True, frozen=True)
+class Expected:
+    """Token ids of the test requests, and the model's own logits [T, V] at each of their positions."""
+
+    token_ids: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def own_logits(model: PreTrainedModel, vocab_size: int) -> Expected:
+    """Compute the test requests one by one with the attention that the model came with."""
+    token_ids = [[(7 + 31 * i + 5 * length) % vocab_size for i in range(length)] for length in NUM_TOKENS]
+    logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in token_ids]
+    return Expected(token_ids, logits)
+
+
+@torch.inference_mode()
+def check_logits(
+    name: str, model: PreTrainedModel, attention: PagedAttention, layout: KVLayout, expected: Expected
+) -> float:
+    """Compute them packed: prompts and chunks side by side, then a decode beside the rest of a prompt.
+
+    Returns:
+        The largest difference found, as a part of the spread of the logits.
+
+    Raises:
+        ModelRefused: it is beyond `TOLERANCE`.
+    """
+    short, long = (_sequence(f"selftest-{i}", ids) for i, ids in enumerate(expected.token_ids))
+    blocks = list(range(layout.num_blocks(len(short.token_ids)) + layout.num_blocks(len(long.token_ids))))
+    pool = KVPool(layout, len(blocks))
+    # Blocks out of order, so that a mix-up of blocks is noticed.
+    _reserve(short, blocks[: layout.num_blocks(len(short.token_ids))])
+    _reserve(long, blocks[len(short.blocks) :][::-1])
+    ids, short.token_ids = short.token_ids, short.token_ids[:-1]
+    steps = [
+        StepPlan([], [PrefillChunk(short, len(short.token_ids)), PrefillChunk(long, CHUNK)]),
+        StepPlan([short], [PrefillChunk(long, len(long.token_ids) - CHUNK)]),
+    ]
+    worst = 0.0
+    for step in steps:
+        batch = build_batch(step, layout.block_size, pool.data.dtype)
+        logits = paged_logits(model, attention, pool, batch)
+        for sequence, row in zip(batch.sampled, logits, strict=True):
+            own = expected.logits[0 if sequence is short else 1][len(sequence.token_ids) - 1]
+            worst = max(worst, _difference(row, own))
+        for span in batch.spans:
+            span.sequence.num_computed_tokens = span.last
+        short.token_ids = ids
+    allowed = TOLERANCE[layout.dtype]
+    if not worst <= allowed:
+        raise ModelRefused(
+            f"model {name!r} ({model.config.model_type}) cannot be served: requests computed together "
+            f"give other logits than one alone (difference {worst:.2g} of their spread, {allowed:.2g} allowed)"
+        )
+    return worst
+
+
+def _difference(row: torch.Tensor, own: torch.Tensor) -> float:
+    return float((row - own).abs().max() / (own.max() - own.min()).clamp_min(1e-6))
+
+
+def _sequence(request_id: str, token_ids: list[int]) -> Sequence:
+    return Sequence(request_id, token_ids, 1, [], SamplingParams(max_tokens=len(token_ids)), num_to_generate=1)
+
+
+def _reserve(sequence: Sequence, blocks: list[int]) -> None:
+    sequence.blocks = blocks
+    sequence.block_table = torch.tensor(blocks, dtype=torch.int64)

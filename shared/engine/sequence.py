@@ -1,0 +1,89 @@
+"""A request as the engine sees it, and what comes out of a step."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from shared.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+def num_kv_tokens(num_token_ids: int, num_prompt_tokens: int, max_tokens: int, num_to_generate: int) -> int:
+    """How many tokens of KV a sequence comes to need: reserve `layout.num_blocks()` of this.
+
+    The last token that is generated never gets KV here, hence the 1.
+    """
+    num_left = max_tokens - (num_token_ids - num_prompt_tokens)
+    return num_token_ids + min(num_left, num_to_generate) - 1
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request that the engine works on. The engine appends to `token_ids` and advances the counts; the rest is fixed.
+
+    Args:
+        request_id: unique among the sequences of an engine.
+        token_ids: prompt and generated tokens. It may hold generated tokens from the start: when a failed attempt is
+            taken over, and when decode goes on after prefill elsewhere.
+        num_prompt_tokens: how many of them are the client's prompt.
+        blocks: pool blocks for all the KV this sequence will need here (`num_kv_tokens`), reserved by the caller, who
+            also frees them once the sequence has left the engine.
+        sampling: how tokens are chosen, and when the request ends.
+        num_to_generate: how many tokens to generate here; 1 in the prefill role.
+        num_computed_tokens: the leading tokens whose KV is in `blocks`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    blocks: list[int]
+    sampling: SamplingParams
+    num_to_generate: int
+    num_computed_tokens: int = 0
+    num_generated: int = 0
+    block_table: torch.Tensor = field(init=False, repr=False)
+    """`blocks` as int64 [num_blocks]."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.num_prompt_tokens <= len(self.token_ids), "a sequence has a prompt"
+        assert 0 <= self.num_computed_tokens < len(self.token_ids), "the last token has no KV yet"
+        assert self.num_to_generate > 0, "a sequence generates something"
+        assert self.output_index < self.sampling.max_tokens, "the request has all its tokens"
+        self.block_table = torch.tensor(self.blocks, dtype=torch.int64)
+
+    @property
+    def output_index(self) -> int:
+        """Index of the next generated token, over all attempts."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """How many tokens of KV this sequence comes to need here."""
+        num_left = self.num_to_generate - self.num_generated
+        return num_kv_tokens(len(self.token_ids), self.num_prompt_tokens, self.sampling.max_tokens, num_left)
+
+
+@dataclass(slots=True, frozen=True)
+class NewToken:
+    """A token that a step generated.
+
+    Args:
+        index: the request's generated tokens counted from 0, over all attempts.
+        logprob: under the unmodified distribution (natural logarithm); None unless the request asks for it.
+        top: (token id, logprob) of the likeliest tokens, likeliest first.
+        last: the sequence has left the engine, finished or not.
+    """
+
+    request_id: str
+    index: int
+    token_id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+    finish_reason: FinishReason | None
+    last: bool

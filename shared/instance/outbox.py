@@ -1,0 +1,46 @@
+"""What an instance tells gateways, and how it learns that a gateway is gone."""
+
+from collections.abc import Iterable
+
+from shared.bus import subjects
+from shared.bus.connection import Bus
+from shared.bus.messages import Failed, Message, OutputToken, Prefilled, StepTokens, TokenLogprobs, TopLogprob
+from shared.engine.sequence import NewToken
+from shared.errors import ErrorBody, RequestError
+
+
+class Outbox:
+    """Sends events to gateways. A gateway that nobody is any more shows up as the instance's own verb `gone.<gateway>`."""
+
+    def __init__(self, bus: Bus, instance_id: str) -> None:
+        self._bus = bus
+        self.instance_id = instance_id
+
+    async def prefilled(self, gateway_id: str, event: Prefilled) -> None:
+        await self._send(gateway_id, "prefilled", event)
+
+    async def tokens(self, gateway_id: str, tokens: Iterable[OutputToken]) -> None:
+        await self._send(gateway_id, "tokens", StepTokens(instance_id=self.instance_id, tokens=list(tokens)))
+
+    async def failed(self, gateway_id: str, request_id: str, error: RequestError) -> None:
+        body: ErrorBody = error.body
+        await self._send(gateway_id, "failed", Failed(instance_id=self.instance_id, request_id=request_id, error=body))
+
+    async def _send(self, gateway_id: str, verb: str, event: Message) -> None:
+        told = subjects.instance(self.instance_id, subjects.gone(gateway_id))
+        await self._bus.publish(subjects.gateway(gateway_id, verb), event, tell_if_gone=told)
+
+
+def output_token(token: NewToken) -> OutputToken:
+    """The engine's token as it travels."""
+    logprobs = None
+    if token.logprob is not None:
+        top = [TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
+        logprobs = TokenLogprobs(logprob=token.logprob, top=top)
+    return OutputToken(
+        request_id=token.request_id,
+        index=token.index,
+        token_id=token.token_id,
+        logprobs=logprobs,
+        finish_reason=token.finish_reason,
+    )

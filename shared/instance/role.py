@@ -1,0 +1,230 @@
+"""What prefill and decode have in common: requests they hold, and how a request ends, whatever ends it.
+
+A request that an instance has accepted is held by exactly one `Held`. It is let go once: the engine and any transfer are
+done with its blocks before they are free. Everything here runs in the event loop; only the engine has a thread of its own.
+"""
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import ClassVar
+
+from opentelemetry.trace import Span
+
+from shared.bus.connection import Incoming
+from shared.bus.messages import Answer, Cancel, RefusalReason
+from shared.engine.blocks import BlockAllocator
+from shared.engine.loader import LoadedModel
+from shared.engine.pool import KVPool
+from shared.engine.runner import EngineRunner
+from shared.engine.sequence import NewToken, Sequence
+from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
+from shared.instance.outbox import Outbox
+from shared.kv.holder import KVHolder
+from shared.settings import InstanceSettings
+
+SWEEP_S = 0.25
+RECENT = 256
+"""How many ended requests are remembered for `bus_came_back`."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceParts:
+    """What an instance has, whichever role it plays."""
+
+    settings: InstanceSettings
+    instance_id: str
+    epoch: Callable[[], int]
+    draining: Callable[[], bool]
+    loaded: LoadedModel
+    pool: KVPool
+    blocks: BlockAllocator
+    runner: EngineRunner
+    holder: KVHolder
+    outbox: Outbox
+    tasks: asyncio.TaskGroup
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A request that this instance has accepted, and all that it holds for it."""
+
+    request_id: str
+    gateway_id: str
+    sequence: Sequence
+    deadline: float
+    span: Span
+    in_engine: bool = False
+    leased: bool = False
+    transfer: asyncio.Task[None] | None = None
+    ending: bool = False
+
+
+class Role(ABC):
+    """A role: takes requests on its verb, holds them in slots, and lets them go. Subclasses say what happens in between."""
+
+    verb: ClassVar[str]
+
+    def __init__(self, parts: InstanceParts, slots_total: int) -> None:
+        self.parts = parts
+        self.slots_total = slots_total
+        self._held: dict[str, Held] = {}
+        self._ended: deque[tuple[str, str]] = deque(maxlen=RECENT)
+
+    @property
+    def slots_used(self) -> int:
+        return len(self._held)
+
+    async def handle(self, verb: str, key: str, incoming: Incoming) -> None:
+        """One message to this instance."""
+        if verb == self.verb:
+            answer = await self.take(incoming)
+            await incoming.respond(answer)
+        elif verb == "cancel":
+            self.end_all(self._held[one] for one in incoming.parse(Cancel).request_ids if one in self._held)
+        elif verb == "gone" and incoming.nobody_listens:
+            self.end_all(held for held in self._held.values() if held.gateway_id == key)
+        elif incoming.reply_to:
+            await incoming.respond(Answer(accepted=False, reason="wrong_role"))
+
+    @abstractmethod
+    async def take(self, incoming: Incoming) -> Answer:
+        """Accepts a request and starts on it, or refuses it; at once."""
+
+    @abstractmethod
+    async def on_tokens(self, tokens: list[NewToken]) -> None:
+        """What one engine step generated."""
+
+    def end_all(self, several: Iterable[Held], error: RequestError | None = None) -> None:
+        for held in list(several):
+            self.end(held, error)
+
+    def end(self, held: Held, error: RequestError | None = None) -> None:
+        """Begins to let a request go, whatever it is at; tells its gateway why, if there is a reason to tell."""
+        if held.ending:
+            return
+        held.ending = True
+        self.parts.tasks.create_task(self._let_go(held, error))
+
+    def fail_all(self, why: str) -> None:
+        """Gives all requests up: their gateways take them elsewhere."""
+        self.end_all(self._held.values(), InstanceFailed(why))
+
+    def bus_came_back(self) -> None:
+        """Gives up what may have lost a message, and what has just ended, since its last message may be lost too."""
+        error = InstanceFailed("the connection to the bus was lost for a while")
+        for request_id, gateway_id in self._ended:
+            self.parts.tasks.create_task(self.parts.outbox.failed(gateway_id, request_id, error))
+        self._ended.clear()
+        self.fail_all(error.message)
+
+    def sweep(self, now: float) -> None:
+        """Ends the requests whose deadline has passed."""
+        late = [held for held in self._held.values() if held.deadline <= now]
+        self.end_all(late, DeadlineExceeded("the request's deadline has passed"))
+
+    async def sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.sweep(time.time())
+
+    def refusal(self, *, epoch: int, fingerprint: str, request_id: str, num_tokens: int, deadline: float) -> RefusalReason | None:
+        """Why this instance cannot take a request that needs room for `num_tokens` tokens; None if it can."""
+        parts = self.parts
+        return refusal(
+            RequestFacts(epoch, fingerprint, parts.loaded.layout.num_blocks(num_tokens), request_id in self._held, deadline),
+            InstanceFacts(
+                epoch=parts.epoch(),
+                fingerprint=parts.loaded.fingerprint,
+                draining=parts.draining(),
+                slots_free=self.slots_total - self.slots_used,
+                blocks_free=parts.blocks.num_free,
+                now=time.time(),
+            ),
+        )
+
+    def hold(self, held: Held) -> None:
+        self._held[held.request_id] = held
+
+    def holding(self, request_id: str) -> Held | None:
+        """The request if it is held and not being let go."""
+        held = self._held.get(request_id)
+        return held if held is not None and not held.ending else None
+
+    def forget(self, held: Held) -> None:
+        """The last act: blocks and slot are free."""
+        self.parts.blocks.free(held.sequence.blocks)
+        del self._held[held.request_id]
+        self._ended.append((held.request_id, held.gateway_id))
+        held.span.end()
+
+    async def _let_go(self, held: Held, error: RequestError | None) -> None:
+        if error is not None:
+            log.warning("request %s is given up: %s", held.request_id, error.message)
+            await self.parts.outbox.failed(held.gateway_id, held.request_id, error)
+        if held.transfer is not None:
+            held.transfer.cancel()
+            await asyncio.wait([held.transfer])
+        if held.in_engine:
+            await self.parts.runner.remove([held.request_id])
+        if held.leased:
+            self.parts.holder.release(held.request_id)
+        else:
+            self.forget(held)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What admission looks at in a request."""
+
+    epoch: int
+    fingerprint: str
+    num_blocks: int
+    is_held: bool
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceFacts:
+    """What admission looks at in an instance."""
+
+    epoch: int
+    fingerprint: str
+    draining: bool
+    slots_free: int
+    blocks_free: int
+    now: float
+
+
+def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | None:
+    """The admission policy: why the instance refuses the request, or None where it accepts."""
+    if instance.draining:
+        return "draining"
+    if request.epoch != instance.epoch:
+        return "wrong_epoch"
+    if request.fingerprint != instance.fingerprint:
+        return "wrong_model"
+    if request.is_held:
+        return "duplicate"
+    if request.deadline <= instance.now:
+        return "expired"
+    if instance.slots_free < 1:
+        return "no_slot"
+    if request.num_blocks > instance.blocks_free:
+        return "no_blocks"
+    return None
+
+
+def find_role(name: str) -> type[Role]:
+    """The class that plays a role, by the entry point of that name in the group `pdserve.roles`."""
+    for entry in entry_points(group="pdserve.roles", name=name):
+        found: type[Role] = entry.load()
+        return found
+    raise SettingsInvalid(f"there is no role {name!r}: install the project again (make setup)")

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenising, chat templates, detokenising and stop strings, without torch or transformers."""
