@@ -129,7 +129,9 @@ def fork_server(preload: list[str]) -> ForkServerContext:
 def wait_for_exit(children: list[Child], timeout_s: float) -> list[Child]:
     """Waits until all have ended, and returns those that have not."""
     end = time.monotonic() + timeout_s
-    while (alive := [one for one in children if one.pid is not None and one.exit_code() is None]) and time.monotonic() < end:
+    while (
+        alive := [one for one in children if one.pid is not None and one.exit_code() is None]
+    ) and time.monotonic() < end:
         time.sleep(0.02)
     return alive
 
@@ -150,4 +152,4 @@ def _run_instance(role: str, settings: dict[str, object], log: str) -> None:
     from shared.instance.process import serve
     from shared.process import run_service
 
-    run_service(InstanceSettings, serve, **settings)
+    run_service(InstanceSettings, serve, overrides=settings)

@@ -30,17 +30,27 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     up = commands.add_parser("up", help="start everything on this machine and serve until Ctrl-C")
-    up.add_argument("--model", default=DEMO_MODEL, help="a folder or the id of a model on the hub (default: the demonstration model)")
+    up.add_argument(
+        "--model",
+        default=DEMO_MODEL,
+        help="a folder or the id of a model on the hub (default: the demonstration model)",
+    )
     up.add_argument("--model-name", help="the name that clients use (default: the last part of --model)")
     up.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill instances (default 1)")
     up.add_argument("--decode", type=_count, default=1, metavar="N", help="decode instances (default 1)")
     up.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (default 127.0.0.1)")
     up.add_argument("--port", type=_port, default=8000, help="port of the HTTP API (default 8000)")
-    up.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV (default float32)")
-    up.add_argument("--max-model-len", type=_count, help="longest request in tokens, prompt and answer (default: the model's)")
+    up.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV (default float32)"
+    )
+    up.add_argument(
+        "--max-model-len", type=_count, help="longest request in tokens, prompt and answer (default: the model's)"
+    )
     up.add_argument("--threads", type=_count, help="torch threads of an instance (default: cores / instances)")
     up.add_argument("--nats", metavar="URL", help="a NATS server to use (default: PDSERVE_NATS_URL, or one of our own)")
-    up.add_argument("--redis", metavar="URL", help="a Redis server to use (default: PDSERVE_REDIS_URL, or one of our own)")
+    up.add_argument(
+        "--redis", metavar="URL", help="a Redis server to use (default: PDSERVE_REDIS_URL, or one of our own)"
+    )
     up.set_defaults(run=_run_up)
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sysconfig
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,15 +32,28 @@ class Servers:
         command = [_nats_binary(), "-c", config, "-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", ports]
         process = self._start("nats", [str(part) for part in command])
         found = ports / f"nats-server_{process.pid}.ports"
-        url = self._wait(process, "nats", lambda: _nats_url(found), BusUnavailable)
-        return url
+        return self._wait(process, "nats", lambda: _nats_url(found), BusUnavailable)
 
     def start_redis(self) -> str:
         """Starts a Valkey server on a unix socket and returns its URL."""
         socket = self._folder / "redis.sock"
-        command = [_valkey_binary(), "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", self._folder]
+        command = [
+            _valkey_binary(),
+            "--port",
+            "0",
+            "--unixsocket",
+            socket,
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            self._folder,
+        ]
         process = self._start("redis", [str(part) for part in command])
-        return self._wait(process, "redis", lambda: f"unix://{socket}" if socket.exists() else None, RegistryUnavailable)
+        return self._wait(
+            process, "redis", lambda: f"unix://{socket}" if socket.exists() else None, RegistryUnavailable
+        )
 
     def stop(self) -> None:
         for process in self._processes:
@@ -55,16 +69,27 @@ class Servers:
     def _start(self, name: str, command: list[str]) -> "subprocess.Popen[bytes]":
         with (self._folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
         self._processes.append(process)
         return process
 
-    def _wait(self, process: "subprocess.Popen[bytes]", name: str, ready, error: type[PDServeError]) -> str:  # type: ignore[no-untyped-def]
+    def _wait(
+        self,
+        process: "subprocess.Popen[bytes]",
+        name: str,
+        ready: Callable[[], str | None],
+        error: type[PDServeError],
+    ) -> str:
         end = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < end and process.poll() is None:
             if (url := ready()) is not None:
-                return str(url)
+                return url
             time.sleep(0.01)
         log = (self._folder / f"{name}.log").read_text(errors="replace").strip()
         raise error(f"the embedded {name} server did not start: {log[-500:]}")

@@ -40,14 +40,18 @@ async def ask(nats_url: str) -> Status:
         try:
             return await bus.request(subjects.STATUS, Message(), Status, timeout_s=TIMEOUT_S)
         except PeerUnavailable as error:
-            raise BusUnavailable(f"no controller answers at {nats_url}: is `python -m services.controller` running?") from error
+            raise BusUnavailable(
+                f"no controller answers at {nats_url}: is `python -m services.controller` running?"
+            ) from error
 
 
 def show(status: Status) -> None:
     console = Console(highlight=False)
     for group in status.groups:
         late = f", {len(group.late)} late" if group.late else ""
-        console.print(f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}")
+        console.print(
+            f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}"
+        )
     table = Table("instance", "role", "state", "slots", "blocks free", "epoch", "heartbeat", "pid", "host", box=None)
     for one in status.instances:
         table.add_row(
@@ -62,5 +66,11 @@ def show(status: Status) -> None:
             one.host,
         )
     for gateway in status.gateways:
-        table.add_row(gateway.id, "gateway", gateway.address, f"{gateway.open_requests} open", f"{gateway.waiting_requests} waiting")
+        table.add_row(
+            gateway.id,
+            "gateway",
+            gateway.address,
+            f"{gateway.open_requests} open",
+            f"{gateway.waiting_requests} waiting",
+        )
     console.print(table)

@@ -1,14 +1,13 @@
 """`pdserve up`: embedded servers, controller, gateway and instances on this machine, until Ctrl-C.
 
-    servers -> controller, gateway, instances -> ready -> serve (a child that dies is started again) -> drain, in this order:
-    gateway first (it takes no more and ends what it has), then instances, controller, servers
+servers -> controller, gateway, instances -> ready -> serve (a child that dies is started again) -> drain, in this order:
+gateway first (it takes no more and ends what it has), then instances, controller, servers
 """
 
 import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,8 +22,8 @@ from pdserve.children import Child, Forked, Program, fork_server, last_words, wa
 from pdserve.servers import Servers
 from shared import settings
 from shared.errors import PDServeError, SettingsInvalid
-from shared.settings import Settings
-from shared.text.files import describe_model
+from shared.settings import ModelSettings
+from shared.text.files import read_object
 
 READY_POLL_S = 0.05
 WATCH_S = 0.2
@@ -64,7 +63,6 @@ def up(wishes: Wishes, folder: Path) -> int:
     asked_to_end = _listen_for_signals()
     _refuse_second_up(folder)
     _refuse_port_in_use(wishes.host, wishes.port)
-    model = describe_model(wishes.model)
     started_at = time.monotonic()
     with _scratch(folder) as (logs, scratch):
         servers = Servers(scratch)
@@ -73,16 +71,18 @@ def up(wishes: Wishes, folder: Path) -> int:
             nats_url = wishes.nats_url or settings.given("nats_url") or servers.start_nats()
             redis_url = wishes.redis_url or settings.given("redis_url") or servers.start_redis()
             say(f"NATS at {nats_url}, Redis at {redis_url}")
-            children = _children(wishes, nats_url, redis_url, logs, model.modules)
+            children = _children(wishes, nats_url, redis_url, logs)
             for child in children:
                 child.start()
             run = runfile.RunFile(
                 pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=wishes.address, logs=str(logs)
             )
             runfile.write(folder, run)
-            say(f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode, logs in {logs}")
+            say(
+                f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode, logs in {logs}"
+            )
             if _wait_until_ready(wishes, children, asked_to_end, started_at):
-                _say_hello(wishes, model.name, time.monotonic() - started_at)
+                _say_hello(wishes, time.monotonic() - started_at)
                 _watch(children, asked_to_end)
             say("draining (Ctrl-C again to end at once)")
         finally:
@@ -132,7 +132,9 @@ def _refuse_port_in_use(host: str, port: int) -> None:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise SettingsInvalid(f"{host}:{port} cannot be used ({error.strerror or error}): take another with --port or --host") from error
+        raise SettingsInvalid(
+            f"{host}:{port} cannot be used ({error.strerror or error}): take another with --port or --host"
+        ) from error
 
 
 @contextmanager
@@ -143,12 +145,14 @@ def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
     except OSError as error:
-        raise SettingsInvalid(f"no folder for logs can be made here ({error}): start in a folder that you may write to") from error
+        raise SettingsInvalid(
+            f"no folder for logs can be made here ({error}): start in a folder that you may write to"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="pdserve-") as scratch:
         yield logs, Path(scratch)
 
 
-def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path, preload: list[str]) -> list[Child]:
+def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path) -> list[Child]:
     """All services, in the order in which they start; they end in the order of `_end`."""
     everywhere = {"nats_url": nats_url, "redis_url": redis_url}
     model = {**everywhere, "model": wishes.model, "model_name": wishes.model_name}
@@ -160,7 +164,7 @@ def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path, preload
         "max_model_len": wishes.max_model_len or 0,
     }
     settings.tame_threads()
-    context = fork_server(preload)
+    context = fork_server(_modules_of(wishes.model))
     instances: list[Child] = [
         Forked(f"{role}-{number}", role, {**instance, "role": role}, logs / f"{role}-{number}.log", context)
         for role, count in (("prefill", wishes.num_prefill), ("decode", wishes.num_decode))
@@ -168,7 +172,12 @@ def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path, preload
     ]
     return [
         *instances,
-        Program("gateway", "services.gateway", {**model, "http_host": wishes.host, "http_port": wishes.port}, logs / "gateway.log"),
+        Program(
+            "gateway",
+            "services.gateway",
+            {**model, "http_host": wishes.host, "http_port": wishes.port},
+            logs / "gateway.log",
+        ),
         Program("controller", "services.controller", everywhere, logs / "controller.log"),
     ]
 
@@ -180,7 +189,9 @@ def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, start
         while not asked:
             for child in children:
                 if child.exit_code() is not None:
-                    raise StartFailed(f"{child.name} ended before it could serve: {last_words(child.log)} (log: {child.log})")
+                    raise StartFailed(
+                        f"{child.name} ended before it could serve: {last_words(child.log)} (log: {child.log})"
+                    )
             try:
                 answer = client.get(f"{wishes.address}/health/ready")
                 if answer.status_code == 200:
@@ -190,13 +201,22 @@ def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, start
             elapsed = time.monotonic() - started_at
             if elapsed - shown >= 5.0:
                 shown = elapsed
-                say(f"  {elapsed:3.0f} s: {', '.join(sorted({last_words(one.log)[9:] for one in children if isinstance(one, Forked)}))}")
+                say(
+                    f"  {elapsed:3.0f} s: {', '.join(sorted({last_words(one.log)[9:] for one in children if isinstance(one, Forked)}))}"
+                )
             time.sleep(READY_POLL_S)
     return False
 
 
-def _say_hello(wishes: Wishes, name: str, elapsed_s: float) -> None:
-    body = f'{{"model": "{wishes.model_name or name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
+def _modules_of(model: str) -> list[str]:
+    """The module of transformers that a local model needs, for the fork server to import while it has nothing else to do."""
+    kind = read_object(Path(model) / "config.json").get("model_type")
+    return [f"transformers.models.{kind}.modeling_{kind}"] if isinstance(kind, str) else []
+
+
+def _say_hello(wishes: Wishes, elapsed_s: float) -> None:
+    name = ModelSettings(model=wishes.model, model_name=wishes.model_name).served_model_name
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
     say(f"ready in {elapsed_s:.1f} s at {wishes.address} (OpenAI's API under /v1). Try:\n")
     say(f"  curl {wishes.address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     say("or, in this folder: pdserve chat, pdserve status. Ctrl-C ends.")
@@ -225,7 +245,7 @@ def _watch(children: list[Child], asked: Asked) -> None:
 
 def _end(children: list[Child], asked: Asked) -> None:
     """Ends children, the gateway first so that it can end what it has with the instances still there."""
-    waves = [
+    waves: list[list[Child]] = [
         [child for child in children if child.name == "gateway"],
         [child for child in children if isinstance(child, Forked)],
         [child for child in children if child.name == "controller"],

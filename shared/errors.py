@@ -1,23 +1,23 @@
 """Every error that crosses a boundary, with its HTTP status and its code on the wire.
 
-    PDServeError
-    ├── RequestError                what a client can be told
-    │   ├── InvalidRequest          400  invalid_request
-    │   │   └── ContextTooLong      400  context_length_exceeded
-    │   ├── InvalidAPIKey           401  invalid_api_key
-    │   ├── ModelNotFound           404  model_not_found
-    │   ├── BodyTooLarge            413  body_too_large
-    │   ├── Overloaded              429  overloaded             no free slot before the TTFT deadline
-    │   ├── Cancelled               499  cancelled
-    │   ├── InstanceFailed          500  instance_failed        every attempt met a failing instance
-    │   ├── NoInstance              503  no_instance            nobody there to serve it
-    │   └── DeadlineExceeded        504  deadline_exceeded
-    ├── TransferFailed              a KV fetch that did not end in a verified copy
-    ├── PeerUnavailable             an instance that did not answer a request on the bus
-    ├── BusUnavailable              NATS cannot be reached
-    ├── RegistryUnavailable         Redis cannot be reached
-    ├── ModelRefused                a model that this engine cannot serve right
-    └── SettingsInvalid             a setting that is unknown or has a bad value
+PDServeError
+├── RequestError                what a client can be told
+│   ├── InvalidRequest          400  invalid_request
+│   │   └── ContextTooLong      400  context_length_exceeded
+│   ├── InvalidAPIKey           401  invalid_api_key
+│   ├── ModelNotFound           404  model_not_found
+│   ├── BodyTooLarge            413  body_too_large
+│   ├── Overloaded              429  overloaded             no free slot before the TTFT deadline
+│   ├── Cancelled               499  cancelled
+│   ├── InstanceFailed          500  instance_failed        every attempt met a failing instance
+│   ├── NoInstance              503  no_instance            nobody there to serve it
+│   └── DeadlineExceeded        504  deadline_exceeded
+├── TransferFailed              a KV fetch that did not end in a verified copy
+├── PeerUnavailable             an instance that did not answer a request on the bus
+├── BusUnavailable              NATS cannot be reached
+├── RegistryUnavailable         Redis cannot be reached
+├── ModelRefused                a model that this engine cannot serve right
+└── SettingsInvalid             a setting that is unknown or has a bad value
 """
 
 from typing import ClassVar

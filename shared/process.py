@@ -7,7 +7,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -45,19 +45,30 @@ class Lifetime:
 
 
 def run_service(
-    kind: type[AnySettings], serve: Callable[[AnySettings, Lifetime], Awaitable[None]], **overrides: object
+    kind: type[AnySettings],
+    serve: Callable[[AnySettings, Lifetime], Awaitable[None]],
+    *,
+    overrides: Mapping[str, object] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> None:
-    """Runs `serve` with its settings; exits with 1 and a sentence where it cannot start or go on."""
+    """Runs `serve` with its settings; exits with 1 and a sentence where it cannot start or go on.
+
+    Args:
+        overrides: settings by field name that win over the environment.
+        loop_factory: makes the event loop; asyncio's own without.
+    """
     try:
-        settings = settings_module.load(kind, **overrides)
+        settings = settings_module.load(kind, **(overrides or {}))
         set_up_logging(settings.log_level)
-        failed = asyncio.run(_serve(settings, serve))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            failed = runner.run(_serve(settings, serve))
     except PDServeError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except BaseExceptionGroup as group:
-        if (error := _known_error(group)) is None:
+        known = _known_error(group)
+        if known is None:
             raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"{type(known).__name__}: {known}")
     if failed is not None:
         sys.exit(failed)
 
@@ -73,7 +84,10 @@ async def _serve(settings: AnySettings, serve: Callable[[AnySettings, Lifetime],
 
 def set_up_logging(level: str) -> None:
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
     logging.getLogger("httpx").setLevel("WARNING")
 
@@ -118,7 +132,9 @@ async def heartbeats(
 
 
 def _known_error(group: BaseExceptionGroup[BaseException]) -> PDServeError | None:
-    known = group.subgroup(PDServeError)
-    while isinstance(known, BaseExceptionGroup):
-        known = known.exceptions[0]  # type: ignore[assignment]
-    return known if isinstance(known, PDServeError) else None
+    """The first of our errors that a task group carries."""
+    for error in group.exceptions:
+        found = _known_error(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, PDServeError):
+            return found
+    return None

@@ -72,6 +72,8 @@ class GatewaySettings(ModelSettings):
     """An instance that has a request and is silent for so long has failed it."""
     answer_timeout_s: Seconds = 2.0
     """How long an instance may take to accept or refuse."""
+    instance_wait_s: Seconds = 5.0
+    """How long a request waits for an instance where there is none at all."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """How many instances may fail a request before it fails."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024

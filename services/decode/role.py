@@ -10,7 +10,7 @@ from opentelemetry.trace import Span
 
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, KVLease, OutputToken
-from shared.engine.sequence import NewToken, Sequence
+from shared.engine.sequence import NewToken, num_kv_tokens
 from shared.errors import InstanceFailed, TransferFailed
 from shared.instance.outbox import output_token
 from shared.instance.role import Held, InstanceParts, Role
@@ -22,29 +22,27 @@ class DecodeRole(Role):
     verb = "decode"
 
     def __init__(self, parts: InstanceParts) -> None:
-        super().__init__(parts, parts.settings.decode_slots)
+        super().__init__(parts)
         self._fetcher = KVFetcher(parts.loaded.layout, parts.settings.stall_timeout_s)
+
+    @property
+    def slots_total(self) -> int:
+        return self.parts.settings.decode_slots
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(DecodeRequest)
-        num_tokens_at_end = request.num_prompt_tokens + request.sampling.max_tokens
-        reason = self.refusal(
-            epoch=request.epoch,
-            fingerprint=request.fingerprint,
-            request_id=request.request_id,
-            num_tokens=num_tokens_at_end,
-            deadline=incoming.deadline,
+        num_to_generate = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)
+        num_tokens = num_kv_tokens(
+            len(request.token_ids), request.num_prompt_tokens, request.sampling.max_tokens, num_to_generate
         )
+        reason = self.refusal(request, num_tokens=num_tokens, deadline=incoming.deadline)
         if reason is not None:
             return Answer(accepted=False, reason=reason)
-        sequence = Sequence(
-            request_id=request.request_id,
-            token_ids=request.token_ids,
-            num_prompt_tokens=request.num_prompt_tokens,
+        sequence = self.sequence(
+            request,
+            num_tokens=num_tokens,
             num_computed_tokens=request.lease.num_tokens,
-            blocks=self.parts.blocks.allocate(self.parts.loaded.layout.num_blocks(num_tokens_at_end)),
-            sampling=request.sampling,
-            num_to_generate=num_tokens_at_end - len(request.token_ids),
+            num_to_generate=num_to_generate,
         )
         span = self._span(request, incoming)
         held = Held(request.request_id, request.gateway_id, sequence, incoming.deadline, span)

@@ -61,6 +61,9 @@ async def complete(
                 finish_reason = "stop"
             elif finish_reason is not None:
                 text += strings.flush()
+            if finish_reason is not None:
+                # Before the client takes the last delta: it may be slow, and a slot is held until then.
+                await tokens.aclose()
             logprobs = [] if token.logprobs is None else [token.logprobs]
             yield TextDelta(text, [token.token_id], logprobs, finish_reason)
             if finish_reason is not None:

@@ -47,19 +47,28 @@ class Generation:
 class Generator:
     """Takes requests through the instances."""
 
-    def __init__(self, settings: GatewaySettings, bus: Bus, streams: Streams, prefill_line: Line, decode_line: Line) -> None:
+    def __init__(
+        self, settings: GatewaySettings, bus: Bus, streams: Streams, prefill_line: Line, decode_line: Line
+    ) -> None:
         self._settings = settings
         self._bus = bus
         self._streams = streams
         self._prefill_line = prefill_line
         self._decode_line = decode_line
 
-    async def generate(self, generation: Generation) -> AsyncGenerator[OutputToken]:
-        """The tokens, one after another; the last has a finish reason. Closing the iterator cancels the request everywhere.
+    async def generate(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[OutputToken, None]:
+        """The tokens, one after another; the last has a finish reason. Closing the generator cancels the request everywhere.
+
+        Args:
+            request_id: unique among this gateway's open requests.
+            deadline: of the whole request, in Unix seconds.
 
         Raises:
             RequestError: the request ends without being served to its end.
         """
+        generation = Generation(request_id, prompt_token_ids, sampling, deadline)
         num_failures = 0
         attempt = 0
         while True:
@@ -74,10 +83,12 @@ class Generator:
                 log.warning("attempt %d at request %s failed: %s", attempt, generation.request_id, failure)
                 num_failures += failure.counts
                 if num_failures >= self._settings.max_attempts:
-                    raise InstanceFailed(f"{num_failures} instances failed this request, at last: {failure}") from failure
+                    raise InstanceFailed(
+                        f"{num_failures} instances failed this request, at last: {failure}"
+                    ) from failure
             attempt += 1
 
-    async def _attempt(self, generation: Generation, attempt: int) -> AsyncGenerator[OutputToken]:
+    async def _attempt(self, generation: Generation, attempt: int) -> AsyncGenerator[OutputToken, None]:
         """One attempt, from prefill to the last token."""
         with self._streams.open(f"{generation.request_id}.{attempt}") as stream:
             try:
@@ -89,7 +100,9 @@ class Generator:
                 if prefilled.lease is None:
                     stream.holders.discard(prefill.instance.id)
                     return
-                decode = await self._start_decode(generation, stream, token_ids, prefilled.lease, prefill.instance.fingerprint)
+                decode = await self._start_decode(
+                    generation, stream, token_ids, prefilled.lease, prefill.instance.fingerprint
+                )
                 async with aclosing(self._decode(generation, stream, prefill.instance.id)) as tokens:
                     async for token in tokens:
                         yield token
@@ -99,7 +112,9 @@ class Generator:
                 self._prefill_line.hint()
                 self._decode_line.hint()
 
-    async def _decode(self, generation: Generation, stream: Stream, prefill_id: str) -> AsyncGenerator[OutputToken]:
+    async def _decode(
+        self, generation: Generation, stream: Stream, prefill_id: str
+    ) -> AsyncGenerator[OutputToken, None]:
         while True:
             token = await stream.token(self._patience_s(generation))
             if prefill_id in stream.holders:
@@ -131,7 +146,13 @@ class Generator:
         num_tokens = len(generation.prompt_token_ids) + generation.sampling.max_tokens
         try:
             accepted = await self._wait(
-                self._prefill_line, "wait_prefill", stream, request_for, lambda one: one.max_model_len >= num_tokens, until, generation
+                self._prefill_line,
+                "wait_prefill",
+                stream,
+                request_for,
+                lambda one: one.max_model_len >= num_tokens,
+                until,
+                generation,
             )
         except TimeoutError as error:
             if time.time() >= generation.deadline:
@@ -171,7 +192,9 @@ class Generator:
         except TimeoutError as error:
             if time.time() >= generation.deadline:
                 raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
-            raise AttemptFailed("no decode instance had a free slot before the lease on the KV ended", counts=False) from error
+            raise AttemptFailed(
+                "no decode instance had a free slot before the lease on the KV ended", counts=False
+            ) from error
 
     async def _wait(
         self,
@@ -208,4 +231,6 @@ class Generator:
 
 def _check_index(token: OutputToken, generation: Generation) -> None:
     if token.index != len(generation.output_token_ids):
-        raise AttemptFailed(f"token {token.index} came where {len(generation.output_token_ids)} was due: messages are lost")
+        raise AttemptFailed(
+            f"token {token.index} came where {len(generation.output_token_ids)} was due: messages are lost"
+        )

@@ -15,7 +15,7 @@ from services.gateway import policy
 from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest
-from shared.errors import NoInstance, PeerUnavailable
+from shared.errors import NoInstance, Overloaded, PeerUnavailable
 from shared.registry.records import InstanceRecord, Role
 
 ASK_AGAIN_S = 0.02
@@ -46,6 +46,7 @@ class Line:
         *,
         answer_timeout_s: float,
         instance_wait_s: float,
+        max_waiting: int,
     ) -> None:
         self._bus = bus
         self._role: Role = role
@@ -53,6 +54,7 @@ class Line:
         self._num_open = num_open
         self._answer_timeout_s = answer_timeout_s
         self._instance_wait_s = instance_wait_s
+        self._max_waiting = max_waiting
         self._turn = asyncio.Lock()
         self._hint = asyncio.Event()
         self._avoid: dict[str, float] = {}
@@ -80,7 +82,13 @@ class Line:
         Raises:
             TimeoutError: none accepted by then.
             NoInstance: for a while no instance that suits has been there at all.
+            Overloaded: the line is too long already.
         """
+        if self.num_waiting >= self._max_waiting:
+            raise Overloaded(
+                f"{self.num_waiting} requests wait for a {self._role} slot: try again later",
+                retry_after_s=RETRY_AFTER_S,
+            )
         self.num_waiting += 1
         try:
             async with asyncio.timeout(until - time.time()), self._turn:
@@ -102,7 +110,9 @@ class Line:
             if present:
                 seen_at = time.monotonic()
             elif time.monotonic() - seen_at > self._instance_wait_s:
-                raise NoInstance(f"no {self._role} instance is there to serve this model: try again", retry_after_s=RETRY_AFTER_S)
+                raise NoInstance(
+                    f"no {self._role} instance is there to serve this model: try again", retry_after_s=RETRY_AFTER_S
+                )
             for instance in policy.order(filter(self._is_answering, present), self._num_open(), self._tie):
                 if await self._ask(instance, request_for(instance), deadline):
                     return Accepted(instance, num_refusals)
@@ -113,7 +123,9 @@ class Line:
         """Whether the instance accepts. One whose answer nobody waits for any more is told to cancel: it may have accepted."""
         subject = subjects.instance(instance.id, self._role)
         try:
-            answer = await self._bus.request(subject, request, Answer, timeout_s=self._answer_timeout_s, deadline=deadline)
+            answer = await self._bus.request(
+                subject, request, Answer, timeout_s=self._answer_timeout_s, deadline=deadline
+            )
         except PeerUnavailable as error:
             log.warning("%s", error)
             self._avoid[instance.id] = time.monotonic() + AVOID_S

@@ -10,8 +10,8 @@ E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 16
 class GatewayMetrics:
     """What a gateway counts. `endpoint` is `chat`, `completions` or another API's name.
 
-    TTFT and E2E are of each choice, from the arrival of its request at this gateway; ITL is between two tokens of a choice,
-    TPOT a choice's mean ITL. `code` is `ok` or the code of a RequestError (`shared/errors.py`).
+    TTFT and E2E are of each choice, from the arrival of its request at this gateway; ITL is between two tokens of a
+    choice, and TPOT its mean. `code` is `ok` or the code of a RequestError (`shared/errors.py`).
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from shared.registry.records import InstanceRecord
 
 
-def order(candidates: Iterable[InstanceRecord], num_open: Mapping[str, int], tie: random.Random) -> list[InstanceRecord]:
+def order(
+    candidates: Iterable[InstanceRecord], num_open: Mapping[str, int], tie: random.Random
+) -> list[InstanceRecord]:
     """Candidates in the order in which to ask them: fewest open streams first, ties broken at random.
 
     Args:

@@ -10,9 +10,9 @@ from opentelemetry import trace
 
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, KVLease, Prefilled, PrefillRequest
-from shared.engine.sequence import NewToken, Sequence
+from shared.engine.sequence import NewToken
 from shared.instance.outbox import output_token
-from shared.instance.role import Held, InstanceParts, Role
+from shared.instance.role import Held, Role
 from shared.kv.holder import Lease
 from shared.telemetry import tracing
 
@@ -20,31 +20,17 @@ from shared.telemetry import tracing
 class PrefillRole(Role):
     verb = "prefill"
 
-    def __init__(self, parts: InstanceParts) -> None:
-        super().__init__(parts, parts.settings.prefill_slots)
+    @property
+    def slots_total(self) -> int:
+        return self.parts.settings.prefill_slots
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(PrefillRequest)
         num_tokens = len(request.token_ids)
-        reason = self.refusal(
-            epoch=request.epoch,
-            fingerprint=request.fingerprint,
-            request_id=request.request_id,
-            num_tokens=num_tokens,
-            deadline=incoming.deadline,
-        )
+        reason = self.refusal(request, num_tokens=num_tokens, deadline=incoming.deadline)
         if reason is not None:
             return Answer(accepted=False, reason=reason)
-        blocks = self.parts.blocks.allocate(self.parts.loaded.layout.num_blocks(num_tokens))
-        sequence = Sequence(
-            request_id=request.request_id,
-            token_ids=request.token_ids,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_computed_tokens=0,
-            blocks=blocks,
-            sampling=request.sampling,
-            num_to_generate=1,
-        )
+        sequence = self.sequence(request, num_tokens=num_tokens, num_computed_tokens=0, num_to_generate=1)
         span = tracing.tracer.start_span(
             "prefill",
             incoming.trace_context,
@@ -53,7 +39,7 @@ class PrefillRole(Role):
                 tracing.INSTANCE_ID: self.parts.instance_id,
                 tracing.REQUEST_ID: request.request_id,
                 tracing.NUM_PROMPT_TOKENS: num_tokens,
-                tracing.NUM_BLOCKS: len(blocks),
+                tracing.NUM_BLOCKS: len(sequence.blocks),
             },
         )
         self.hold(Held(request.request_id, request.gateway_id, sequence, incoming.deadline, span, in_engine=True))

@@ -113,12 +113,20 @@ class Bus:
     async def publish(self, subject: str, message: BaseModel, *, tell_if_gone: str = "") -> None:
         """Sends to whoever listens. If nobody does, NATS says so to the subject `tell_if_gone`, if given."""
         try:
-            await self._client.publish(subject, message.model_dump_json().encode(), reply=tell_if_gone, headers=_headers(None))
+            await self._client.publish(
+                subject, message.model_dump_json().encode(), reply=tell_if_gone, headers=_headers(None)
+            )
         except nats.errors.OutboundBufferLimitError:
             log.warning("the bus is away and its buffer is full: dropped a message to %s", subject)
 
     async def request(
-        self, subject: str, message: BaseModel, answer: type[AnyModel], *, timeout_s: float, deadline: float | None = None
+        self,
+        subject: str,
+        message: BaseModel,
+        answer: type[AnyModel],
+        *,
+        timeout_s: float,
+        deadline: float | None = None,
     ) -> AnyModel:
         """Sends and waits for one answer.
 

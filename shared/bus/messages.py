@@ -3,9 +3,9 @@
 The public request API has its own messages beside these, at the end. `docs/protocol.md` says how they follow each other.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import ErrorBody
 from shared.registry.records import GatewayRecord, InstanceRecord
@@ -37,10 +37,10 @@ class KVLease(Message):
     expires_at: float
 
 
-class PrefillRequest(Message):
-    """Gateway to prefill instance: compute the KV of `token_ids` and the next token. Answered at once by `Answer`.
+class InstanceRequest(Message):
+    """What the requests of a gateway to an instance have in common. Answered at once by `Answer`.
 
-    `token_ids` are the prompt's `num_prompt_tokens` and, when a failed attempt is taken over, what it had generated.
+    `token_ids` are the prompt's `num_prompt_tokens` and what has been generated so far.
     """
 
     request_id: str
@@ -48,21 +48,33 @@ class PrefillRequest(Message):
     epoch: int
     fingerprint: str
     token_ids: list[int]
-    num_prompt_tokens: int
+    num_prompt_tokens: Annotated[int, Field(ge=1)]
     sampling: SamplingParams
 
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        num_outputs = len(self.token_ids) - self.num_prompt_tokens
+        if not 0 <= num_outputs < self.sampling.max_tokens:
+            raise ValueError(
+                f"{len(self.token_ids)} tokens do not fit {self.num_prompt_tokens} of prompt and max_tokens"
+            )
+        return self
 
-class DecodeRequest(Message):
+
+class PrefillRequest(InstanceRequest):
+    """Gateway to prefill instance: compute the KV of `token_ids` and the next token."""
+
+
+class DecodeRequest(InstanceRequest):
     """Gateway to decode instance: fetch the KV under `lease` and go on from `token_ids`, whose last has no KV yet."""
 
-    request_id: str
-    gateway_id: str
-    epoch: int
-    fingerprint: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
     lease: KVLease
+
+    @model_validator(mode="after")
+    def _lease_fits(self) -> Self:
+        if self.lease.num_tokens != len(self.token_ids) - 1:
+            raise ValueError(f"the lease has {self.lease.num_tokens} tokens, but {len(self.token_ids) - 1} are due")
+        return self
 
 
 class Answer(Message):

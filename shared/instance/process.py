@@ -1,7 +1,7 @@
 """The process of an instance, from its settings to its last heartbeat: load, listen, announce, serve, drain.
 
-    connect to NATS and Redis -> load the model -> serve KV -> subscribe -> first heartbeat ("ready") -> serve
-    SIGTERM: "draining", refuse -> what is held ends or is given up -> out of the registry -> exit
+connect to NATS and Redis -> load the model -> serve KV -> subscribe -> first heartbeat ("ready") -> serve
+SIGTERM: "draining", refuse -> what is held ends or is given up -> out of the registry -> exit
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import Answer
 from shared.engine.blocks import BlockAllocator
 from shared.engine.engine import Engine
-from shared.engine.loader import LoadedModel, load_model
+from shared.engine.loader import load_model
+from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.runner import EngineRunner
 from shared.engine.sequence import NewToken
@@ -52,7 +53,11 @@ async def serve(settings: InstanceSettings, lifetime: Lifetime) -> None:
 
 def _load(settings: InstanceSettings) -> LoadedModel:
     return load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, num_threads=settings.threads, block_size=settings.block_size
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        num_threads=settings.threads or None,
+        block_size=settings.block_size,
     )
 
 
@@ -98,7 +103,9 @@ class Instance:
             bus.on_reconnect(lambda: self.role.bus_came_back())
             working = [tasks.create_task(self.role.sweep_forever()), tasks.create_task(self._tell_tokens())]
             await bus.subscribe(subjects.instance(self.instance_id, ">"), self._on_message)
-            async with heartbeats(self.record, records.write_instance, records.remove_instance, settings.heartbeat_s) as beat:
+            async with heartbeats(
+                self.record, records.write_instance, records.remove_instance, settings.heartbeat_s
+            ) as beat:
                 log.info("ready: %s plays %s, KV at %s:%d", self.instance_id, self.role.verb, holder.host, holder.port)
                 await self.lifetime.until_ending()
                 await beat()
@@ -152,13 +159,16 @@ class Instance:
 
     async def _drain(self) -> None:
         """Lets what is held end by itself for a while, then gives it up, and waits until nothing is held."""
-        end = time.monotonic() + (0.0 if self.lifetime.failed else self.settings.drain_timeout_s)
-        while self.role.slots_used and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        await self._until_idle(0.0 if self.lifetime.failed else self.settings.drain_timeout_s)
         self.role.fail_all("this instance is ending")
-        end = time.monotonic() + self.settings.stall_timeout_s
-        while self.role.slots_used and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        await self._until_idle(self.settings.stall_timeout_s)
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.role.idle()
+        except TimeoutError:
+            log.warning("%d requests are still held after %g s", self.role.slots_used, timeout_s)
 
 
 def max_model_len(settings: InstanceSettings, loaded: LoadedModel, num_blocks: int) -> int:

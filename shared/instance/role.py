@@ -17,11 +17,11 @@ from typing import ClassVar
 from opentelemetry.trace import Span
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, Cancel, RefusalReason
+from shared.bus.messages import Answer, Cancel, InstanceRequest, RefusalReason
 from shared.engine.blocks import BlockAllocator
-from shared.engine.loader import LoadedModel
+from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
-from shared.engine.runner import EngineRunner
+from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
 from shared.instance.outbox import Outbox
@@ -72,11 +72,16 @@ class Role(ABC):
 
     verb: ClassVar[str]
 
-    def __init__(self, parts: InstanceParts, slots_total: int) -> None:
+    def __init__(self, parts: InstanceParts) -> None:
         self.parts = parts
-        self.slots_total = slots_total
         self._held: dict[str, Held] = {}
+        self._forgotten = asyncio.Event()
         self._ended: deque[tuple[str, str]] = deque(maxlen=RECENT)
+
+    @property
+    @abstractmethod
+    def slots_total(self) -> int:
+        """How many requests may be held at once."""
 
     @property
     def slots_used(self) -> int:
@@ -130,16 +135,28 @@ class Role(ABC):
         late = [held for held in self._held.values() if held.deadline <= now]
         self.end_all(late, DeadlineExceeded("the request's deadline has passed"))
 
+    async def idle(self) -> None:
+        """Returns once nothing is held."""
+        while self._held:
+            self._forgotten.clear()
+            await self._forgotten.wait()
+
     async def sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             self.sweep(time.time())
 
-    def refusal(self, *, epoch: int, fingerprint: str, request_id: str, num_tokens: int, deadline: float) -> RefusalReason | None:
+    def refusal(self, request: InstanceRequest, *, num_tokens: int, deadline: float) -> RefusalReason | None:
         """Why this instance cannot take a request that needs room for `num_tokens` tokens; None if it can."""
         parts = self.parts
         return refusal(
-            RequestFacts(epoch, fingerprint, parts.loaded.layout.num_blocks(num_tokens), request_id in self._held, deadline),
+            RequestFacts(
+                epoch=request.epoch,
+                fingerprint=request.fingerprint,
+                num_blocks=parts.loaded.layout.num_blocks(num_tokens),
+                is_held=request.request_id in self._held,
+                deadline=deadline,
+            ),
             InstanceFacts(
                 epoch=parts.epoch(),
                 fingerprint=parts.loaded.fingerprint,
@@ -149,6 +166,29 @@ class Role(ABC):
                 now=time.time(),
             ),
         )
+
+    def sequence(
+        self, request: InstanceRequest, *, num_tokens: int, num_computed_tokens: int, num_to_generate: int
+    ) -> Sequence:
+        """The engine's form of a request, with blocks for `num_tokens` tokens reserved; raises `RequestError` and keeps none."""
+        parts = self.parts
+        blocks = parts.blocks.allocate(parts.loaded.layout.num_blocks(num_tokens))
+        assert blocks is not None, "admission has counted the free blocks"
+        try:
+            sequence = Sequence(
+                request_id=request.request_id,
+                token_ids=request.token_ids,
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_computed_tokens=num_computed_tokens,
+                blocks=blocks,
+                sampling=request.sampling,
+                num_to_generate=num_to_generate,
+            )
+            check(sequence, parts.loaded.vocab_size, parts.loaded.max_position_embeddings)
+        except RequestError:
+            parts.blocks.free(blocks)
+            raise
+        return sequence
 
     def hold(self, held: Held) -> None:
         self._held[held.request_id] = held
@@ -162,6 +202,7 @@ class Role(ABC):
         """The last act: blocks and slot are free."""
         self.parts.blocks.free(held.sequence.blocks)
         del self._held[held.request_id]
+        self._forgotten.set()
         self._ended.append((held.request_id, held.gateway_id))
         held.span.end()
 

@@ -9,4 +9,4 @@ def main(role: str) -> None:
     from shared.instance.process import serve  # not before the threads are tame
     from shared.process import run_service
 
-    run_service(InstanceSettings, serve, role=role)
+    run_service(InstanceSettings, serve, overrides={"role": role})

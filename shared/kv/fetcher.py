@@ -46,7 +46,9 @@ class KVFetcher:
         self._idle.clear()
 
     async def _fetch(self, connection: socket.socket, lease: KVLease, views: Sequence[memoryview]) -> None:
-        await wire.send_frame(connection, wire.FetchRequest(lease_id=lease.lease_id, layout=self._layout), self._stall_timeout_s)
+        await wire.send_frame(
+            connection, wire.FetchRequest(lease_id=lease.lease_id, layout=self._layout), self._stall_timeout_s
+        )
         header = await wire.receive_frame(connection, wire.KVHeader, self._stall_timeout_s)
         if header.refused is not None:
             raise TransferFailed(f"{lease.instance_id} refused: {header.refused}")

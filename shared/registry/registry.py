@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class Registry:
     """The registry over one pool of Redis connections. Every method raises `RegistryUnavailable` when Redis is away."""
 
-    def __init__(self, redis: "Redis[str]", ttl_s: float) -> None:
+    def __init__(self, redis: Redis, ttl_s: float) -> None:
         self._redis = redis
         self._ttl_ms = int(ttl_s * 1000)
 
@@ -36,7 +36,7 @@ class Registry:
     async def write_instance(self, record: InstanceRecord) -> None:
         """Writes or renews an instance's record and its membership of its group."""
 
-        def write(pipe: "Pipeline[str]") -> None:
+        def write(pipe: Pipeline) -> None:
             pipe.set(keys.instance(record.id), record.model_dump_json(), px=self._ttl_ms)
             self._join(pipe, keys.group(record.group), record.id)
             self._join(pipe, keys.GROUPS, record.group)
@@ -46,17 +46,17 @@ class Registry:
     async def write_gateway(self, record: GatewayRecord) -> None:
         """Writes or renews a gateway's record."""
 
-        def write(pipe: "Pipeline[str]") -> None:
+        def write(pipe: Pipeline) -> None:
             pipe.set(keys.gateway(record.id), record.model_dump_json(), px=self._ttl_ms)
             self._join(pipe, keys.GATEWAYS, record.id)
 
         await self._run(write)
 
     async def remove_instance(self, record: InstanceRecord) -> None:
-        await self._run(lambda pipe: pipe.delete(keys.instance(record.id)).zrem(keys.group(record.group), record.id))
+        await self._remove(keys.instance(record.id), keys.group(record.group), record.id)
 
     async def remove_gateway(self, record: GatewayRecord) -> None:
-        await self._run(lambda pipe: pipe.delete(keys.gateway(record.id)).zrem(keys.GATEWAYS, record.id))
+        await self._remove(keys.gateway(record.id), keys.GATEWAYS, record.id)
 
     async def groups(self) -> list[str]:
         """The names of all groups with a recent member."""
@@ -73,15 +73,22 @@ class Registry:
         [ids] = await self._run(lambda pipe: self._members(pipe, keys.GATEWAYS))
         return await self._records(GatewayRecord, [keys.gateway(one) for one in sorted(ids)])
 
-    def _join(self, pipe: "Pipeline[str]", key: str, member: str) -> None:
+    def _join(self, pipe: Pipeline, key: str, member: str) -> None:
         """Adds a member to a set and drops those that have not been renewed within a time to live."""
         now = time.time()
         pipe.zadd(key, {member: now})
         pipe.zremrangebyscore(key, "-inf", now - self._ttl_ms / 1000)
         pipe.pexpire(key, self._ttl_ms)
 
-    def _members(self, pipe: "Pipeline[str]", key: str) -> None:
+    def _members(self, pipe: Pipeline, key: str) -> None:
         pipe.zrange(key, 0, -1)
+
+    async def _remove(self, name: str, members: str, member: str) -> None:
+        def remove(pipe: Pipeline) -> None:
+            pipe.delete(name)
+            pipe.zrem(members, member)
+
+        await self._run(remove)
 
     async def _records(self, kind: type[AnyRecord], names: list[str]) -> list[AnyRecord]:
         if not names:
@@ -89,7 +96,7 @@ class Registry:
         [texts] = await self._run(lambda pipe: pipe.mget(names))
         return [record for text in texts if text is not None and (record := _parse(kind, text)) is not None]
 
-    async def _run(self, fill: "Callable[[Pipeline[str]], object]") -> list:  # type: ignore[type-arg]
+    async def _run(self, fill: Callable[[Pipeline], object]) -> list:  # type: ignore[type-arg]
         try:
             async with self._redis.pipeline(transaction=False) as pipe:
                 fill(pipe)
@@ -115,8 +122,10 @@ async def connect(url: str, *, ttl_s: float, timeout_s: float) -> AsyncIterator[
             decode_responses=True,
         )
     except ValueError as error:
-        raise RegistryUnavailable(f"{url!r} is no Redis URL ({error}): set PDSERVE_REDIS_URL, e.g. redis://host:6379") from error
-    redis: Redis[str] = Redis(connection_pool=pool)
+        raise RegistryUnavailable(
+            f"{url!r} is no Redis URL ({error}): set PDSERVE_REDIS_URL, e.g. redis://host:6379"
+        ) from error
+    redis = Redis(connection_pool=pool)
     registry = Registry(redis, ttl_s)
     try:
         await _wait_for(registry, url, timeout_s)

@@ -5,12 +5,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from opentelemetry.trace import Tracer, get_tracer
+from opentelemetry.trace import Tracer
 
 from services.gateway.metrics import GatewayMetrics
-from shared import __version__
 from shared.bus.messages import OutputToken
 from shared.sampling import SamplingParams
+from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer
 
 
@@ -51,8 +51,8 @@ class ApiContext:
     served_model_name: str
     metrics: GatewayMetrics
     api_keys: frozenset[str] = frozenset()
-    max_body_bytes: int = 8_000_000
+    max_body_bytes: int = 8 * 2**20
     request_timeout_s: float = 600.0
-    tracer: Tracer = field(default_factory=lambda: get_tracer("pdserve.gateway", __version__))
+    tracer: Tracer = tracing.tracer
     system_fingerprint: str | None = None
     created_at: int = field(default_factory=lambda: int(time.time()))

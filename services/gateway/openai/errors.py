@@ -50,7 +50,10 @@ def error_event(error: RequestError) -> bytes:
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first of pydantic's findings, in one sentence that names the field."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
+    path = [str(part) for part in first["loc"]]
+    if field := first.get("ctx", {}).get("field"):
+        path.append(field)
+    param = ".".join(path)
     return InvalidRequest(_sentence(first, param), param=param or None)
 
 
@@ -59,7 +62,7 @@ def _sentence(found: ErrorDetails, param: str) -> str:
     if found["type"] == "missing":
         return f"`{param}` is required."
     if found["type"] == "request":
-        return f"`{param}` {message}." if param else f"{message}."
+        return f"`{param}` {message}."
     shown = repr(found["input"])
     if len(shown) > MAX_SHOWN_CHARS:
         shown = f"{shown[:MAX_SHOWN_CHARS]}..."

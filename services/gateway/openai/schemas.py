@@ -14,15 +14,16 @@ from shared.sampling import MAX_LOGPROBS
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
-MAX_BIASED_TOKENS = 1024
+MAX_CHOSEN_TOKENS = 1024
 T = TypeVar("T")
 Fields = TypeVar("Fields")
 Prompts: TypeAlias = list[str | list[int]]
 
 
-def _fault(message: str) -> PydanticCustomError:
+def _fault(message: str, field: str = "") -> PydanticCustomError:
+    """What is wrong with a value, or with a field of it: the rest of a sentence that begins with its name."""
     # The message goes in as a value, as braces in it would be taken for fields of a template.
-    return PydanticCustomError("request", "{message}", {"message": message})
+    return PydanticCustomError("request", "{message}", {"message": message, "field": field})
 
 
 def _prompts(value: object) -> Prompts:
@@ -46,7 +47,9 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _stop(value: object) -> list[str]:
+def _stop(value: object) -> list[str] | None:
+    if value is None:
+        return None
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -60,12 +63,22 @@ def _stop(value: object) -> list[str]:
     return value
 
 
+def _stop_token_ids(value: object) -> object:
+    if value is not None and not _is_token_ids(value):
+        raise _fault("must be a list of token ids")
+    if isinstance(value, list) and len(value) > MAX_CHOSEN_TOKENS:
+        raise _fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
+    return value
+
+
 def _logit_bias(value: object) -> object:
     """JSON's keys are strings; a token id in decimal digits is meant."""
+    if value is None:
+        return None
     if not isinstance(value, dict):
         raise _fault("must be an object from token ids to numbers from -100 to 100")
-    if len(value) > MAX_BIASED_TOKENS:
-        raise _fault(f"may have {MAX_BIASED_TOKENS} tokens at most, and has {len(value)}")
+    if len(value) > MAX_CHOSEN_TOKENS:
+        raise _fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
     bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
     if bad is not None:
         raise _fault(f"has the key {str(bad)[:40]!r}, which is not a token id")
@@ -108,7 +121,7 @@ class Strict(BaseModel):
         if isinstance(value, dict):
             unknown = next((name for name in value if name not in cls.known), None)
             if unknown is not None:
-                raise _fault(f"has the unknown field `{str(unknown)[:40]}`: remove it, or check its spelling")
+                raise _fault("is unknown: remove it, or check its spelling", str(unknown)[:40])
         return value
 
 
@@ -137,8 +150,8 @@ class GenerationFields(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(lambda value: None if value is None else _stop(value))] = None
-    stop_token_ids: Annotated[list[int], FailFast(), Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
+    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_stop_token_ids)] = None
     ignore_eos: bool = False
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -150,15 +163,13 @@ class GenerationFields(Strict):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[
-        dict[int, float] | None, BeforeValidator(lambda value: None if value is None else _logit_bias(value))
-    ] = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_logit_bias)] = None
     return_token_ids: bool | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
-            raise _fault("`stream_options` is only for streams: set `stream` to true, or remove it")
+            raise _fault("is only for streams: set `stream` to true, or remove it", "stream_options")
         return self
 
 
@@ -170,7 +181,7 @@ class CompletionRequest(GenerationFields):
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _fault("`best_of` must equal `n`, as no choices are dropped: remove it")
+            raise _fault("must equal `n`, as no choices are dropped: remove it", "best_of")
         return self
 
 
@@ -183,5 +194,5 @@ class ChatCompletionRequest(GenerationFields):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise _fault("`top_logprobs` needs `logprobs`: set that to true, or remove it")
+            raise _fault("needs `logprobs`: set that to true, or remove it", "top_logprobs")
         return self

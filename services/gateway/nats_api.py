@@ -1,0 +1,216 @@
+"""The request API on NATS: a JSON request with a reply inbox, chunks there, and exactly one terminal message.
+
+`docs/protocol.md` is its manual. It shares everything below the wire with the HTTP API.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from services.gateway.completion import complete
+from services.gateway.metrics import ChoiceTimer
+from services.gateway.openai.context import ApiContext
+from services.gateway.openai.sampling import check_prompt, sampling_params
+from shared.bus import subjects
+from shared.bus.connection import Bus, Incoming
+from shared.bus.messages import (
+    ApiMessage,
+    CancelGenerate,
+    FinishReason,
+    GenerateChunk,
+    GenerateDone,
+    GenerateFailed,
+    GenerateRequest,
+    GenerateUsage,
+)
+from shared.errors import Cancelled, InvalidRequest, ModelNotFound, RequestError
+from shared.sampling import SamplingParams
+
+ENDPOINT = "nats"
+UNKNOWN_ID = "-"
+DEFAULT_MAX_TOKENS = 16
+"""As in the completions API of HTTP."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Answering:
+    """A request of the API that is being answered in `inbox`."""
+
+    id: str
+    inbox: str
+    index: int = 0
+    task: asyncio.Task[None] | None = None
+    ended_by: RequestError | None = field(default=None)
+
+
+class NatsApi:
+    """Serves `pdserve.v1.generate` and `pdserve.v1.cancel`."""
+
+    def __init__(self, api: ApiContext, bus: Bus, gateway_id: str, tasks: asyncio.TaskGroup) -> None:
+        self._api = api
+        self._bus = bus
+        self._gateway_id = gateway_id
+        self._tasks = tasks
+        self._answering: dict[str, Answering] = {}
+        self._draining = False
+
+    async def subscribe(self) -> None:
+        await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
+        await self._bus.subscribe(subjects.CANCEL, self._on_cancel)
+
+    def client_gone(self, request_id: str) -> None:
+        """Nobody listens to the answer any more."""
+        self._end(request_id, Cancelled("nobody listens in the reply inbox"))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Lets requests end for a while, then ends them."""
+        running = [one.task for one in self._answering.values() if one.task is not None]
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)
+        for request_id in list(self._answering):
+            self._end(request_id, Cancelled("the gateway is ending: send the request again"))
+
+    def _end(self, request_id: str, why: RequestError) -> None:
+        answering = self._answering.get(request_id)
+        if answering is not None and answering.task is not None and answering.ended_by is None:
+            answering.ended_by = why
+            answering.task.cancel()
+
+    async def _on_cancel(self, incoming: Incoming) -> None:
+        try:
+            self._end(incoming.parse(CancelGenerate).id, Cancelled("cancelled by the client"))
+        except InvalidRequest as error:
+            log.warning("cannot read a cancel: %s", error.message)
+
+    async def _on_generate(self, incoming: Incoming) -> None:
+        if not incoming.reply_to:
+            log.warning("passed over a request without a reply inbox")
+            return
+        answering = Answering(UNKNOWN_ID, incoming.reply_to)
+        try:
+            request = incoming.parse(GenerateRequest)
+            answering.id = request.id or f"gen-{secrets.token_hex(12)}"
+            if answering.id in self._answering:
+                raise InvalidRequest(f"a request with the id {answering.id} is being served: take another", param="id")
+        except InvalidRequest as error:
+            await self._fail(answering, error)
+            return
+        self._answering[answering.id] = answering
+        answering.task = self._tasks.create_task(self._answer(request, answering, incoming))
+
+    async def _answer(self, request: GenerateRequest, answering: Answering, incoming: Incoming) -> None:
+        """Serves one request; whatever happens, its inbox gets one terminal message."""
+        code = "ok"
+        self._api.metrics.in_flight.labels(ENDPOINT).inc()
+        try:
+            with self._api.tracer.start_as_current_span("generate", incoming.trace_context):
+                await self._generate(request, answering)
+        except RequestError as error:
+            code = error.code
+            await self._fail(answering, error)
+        except asyncio.CancelledError:
+            why = answering.ended_by or Cancelled("the gateway is ending: send the request again")
+            code = why.code
+            await self._fail(answering, why)
+            if answering.ended_by is None:
+                raise
+        finally:
+            del self._answering[answering.id]
+            self._api.metrics.in_flight.labels(ENDPOINT).dec()
+            self._api.metrics.requests.labels(ENDPOINT, code).inc()
+
+    async def _generate(self, request: GenerateRequest, answering: Answering) -> None:
+        timer = ChoiceTimer(self._api.metrics, ENDPOINT, time.monotonic())
+        timeout_s = min(request.timeout_s or self._api.request_timeout_s, self._api.request_timeout_s)
+        deadline = time.time() + timeout_s
+        prompt_token_ids, sampling = await self._read(request)
+        num_tokens = 0
+        finish_reason: FinishReason | None = None
+        # Not the client's id: that is unique in this gateway only.
+        request_id = f"gen-{secrets.token_hex(12)}"
+        tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=request_id, deadline=deadline)
+        deltas = complete(
+            tokens, detokenizer=self._api.tokenizer.detokenizer(), stop=_stop(request), min_tokens=request.min_tokens
+        )
+        async with aclosing(deltas):
+            async for delta in deltas:
+                timer.token(time.monotonic())
+                num_tokens += len(delta.token_ids)
+                finish_reason = delta.finish_reason
+                chunk = GenerateChunk(
+                    id=answering.id,
+                    index=answering.index,
+                    text=delta.text,
+                    token_ids=delta.token_ids,
+                    logprobs=delta.logprobs or None,
+                )
+                await self._send(answering, chunk)
+        assert finish_reason is not None, "complete() ends with a finish reason or raises"
+        timer.end()
+        usage = GenerateUsage(
+            prompt_tokens=len(prompt_token_ids),
+            completion_tokens=num_tokens,
+            total_tokens=len(prompt_token_ids) + num_tokens,
+        )
+        done = GenerateDone(id=answering.id, index=answering.index, finish_reason=finish_reason, usage=usage)
+        await self._send(answering, done)
+
+    async def _read(self, request: GenerateRequest) -> tuple[list[int], SamplingParams]:
+        """The prompt's tokens and complete sampling parameters."""
+        api = self._api
+        if request.model not in (None, api.served_model_name):
+            raise ModelNotFound(
+                f"the model {request.model!r} is not served here: take {api.served_model_name!r}", param="model"
+            )
+        if request.timeout_s is not None and request.timeout_s <= 0:
+            raise InvalidRequest("`timeout_s` must be over 0", param="timeout_s")
+        max_model_len = api.core.max_model_len()
+        param, prompt_token_ids = await self._prompt(request, max_model_len)
+        check_prompt(prompt_token_ids, api.tokenizer, max_model_len, param)
+        api.metrics.prompt_tokens.inc(len(prompt_token_ids))
+        sampling = sampling_params(
+            request,
+            tokenizer=api.tokenizer,
+            num_prompt_tokens=len(prompt_token_ids),
+            max_model_len=max_model_len,
+            max_tokens=request.max_tokens,
+            default_max_tokens=None if request.messages is not None else DEFAULT_MAX_TOKENS,
+            logprobs=request.logprobs,
+        )
+        return prompt_token_ids, sampling
+
+    async def _prompt(self, request: GenerateRequest, max_model_len: int) -> tuple[str, list[int]]:
+        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"give exactly one of prompt, prompt_token_ids and messages, not {' and '.join(given) or 'none'}"
+            )
+        [param] = given
+        tokenizer = self._api.tokenizer
+        if request.messages is not None:
+            messages = [message.model_dump() for message in request.messages]
+            return param, await tokenizer.encode_chat(messages, max_tokens=max_model_len)
+        if request.prompt is not None:
+            return param, await tokenizer.encode(request.prompt, max_tokens=max_model_len)
+        assert request.prompt_token_ids is not None
+        return param, request.prompt_token_ids
+
+    async def _fail(self, answering: Answering, error: RequestError) -> None:
+        await self._send(answering, GenerateFailed(id=answering.id, index=answering.index, error=error.body))
+
+    async def _send(self, answering: Answering, message: ApiMessage) -> None:
+        told = subjects.gateway(self._gateway_id, subjects.gone(answering.id))
+        answering.index += 1
+        await self._bus.publish(answering.inbox, message, tell_if_gone=told)
+
+
+def _stop(request: GenerateRequest) -> list[str]:
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if not all(stop):
+        raise InvalidRequest("a stop string is empty: leave it out", param="stop")
+    return stop

@@ -1,0 +1,157 @@
+"""What a request makes the gateway do: one generation for each choice, and a writer for what they give."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from services.gateway.completion import TextDelta
+from services.gateway.openai.context import ApiContext
+from services.gateway.openai.sampling import check_prompt, choice_seed, sampling_params
+from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
+from shared.bus.messages import FinishReason, TokenLogprobs
+from shared.errors import InvalidRequest, ModelNotFound
+from shared.sampling import SamplingParams
+
+Json = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One generation. `index` counts them over all prompts of a request."""
+
+    index: int
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Collected:
+    """All that one choice has given."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a request: those of each prompt once, those generated over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def json(self) -> Json:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+class Writer(Protocol):
+    """Puts what choices give into an endpoint's form."""
+
+    def chunk(self, index: int, delta: TextDelta) -> Json:
+        """One event of a stream."""
+
+    def last_chunk(self, usage: Usage) -> Json:
+        """The event after those of all choices."""
+
+    def whole(self, choices: Sequence[Collected], usage: Usage) -> Json:
+        """The answer in one piece; choices by their index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request, checked and ready to run.
+
+    Attributes:
+        sends_empty: whether events without text matter, as they carry logprobs or token ids.
+        include_usage: whether a stream ends with an event that tells the usage.
+    """
+
+    choices: list[Choice]
+    num_prompt_tokens: int
+    writer: Writer
+    stream: bool
+    include_usage: bool
+    sends_empty: bool
+
+
+def check_model(api: ApiContext, model: str) -> None:
+    """Refuse a model that is not the served one.
+
+    Raises:
+        ModelNotFound: names the one that is.
+    """
+    if model != api.served_model_name:
+        message = f"The model `{model[:200]}` is not served here, but `{api.served_model_name}` is: name that one."
+        raise ModelNotFound(message, param="model")
+
+
+def make_job(
+    api: ApiContext,
+    request: GenerationFields,
+    request_id: str,
+    prompts: list[list[int]],
+    writer: Writer,
+    *,
+    param: str,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+) -> Job:
+    """Check prompts and sampling parameters, and make one choice for each prompt and each of `n`.
+
+    A prompt's choice j draws by the request's seed and j, so that a prompt gives the same among others as alone.
+
+    Args:
+        param: the field that holds the prompts.
+        max_tokens, default_max_tokens, logprobs: as of `sampling_params`.
+
+    Raises:
+        InvalidRequest: among them ContextTooLong.
+    """
+    n = request.n or 1
+    if n * len(prompts) > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with n = {n} make {n * len(prompts)} choices, but a request may have "
+            f"{MAX_CHOICES}: send several requests.",
+            param=param,
+        )
+    max_model_len = api.core.max_model_len()
+    choices: list[Choice] = []
+    for token_ids in prompts:
+        check_prompt(token_ids, api.tokenizer, max_model_len, param)
+        sampling = sampling_params(
+            request,
+            tokenizer=api.tokenizer,
+            num_prompt_tokens=len(token_ids),
+            max_model_len=max_model_len,
+            max_tokens=max_tokens,
+            default_max_tokens=default_max_tokens,
+            logprobs=logprobs,
+        )
+        for number in range(n):
+            seeded = sampling.model_copy(update={"seed": choice_seed(sampling.seed, number)})
+            index = len(choices)
+            choice_id = request_id if n * len(prompts) == 1 else f"{request_id}-{index}"
+            choices.append(Choice(index, choice_id, token_ids, seeded, tuple(request.stop or ())))
+    options = request.stream_options
+    return Job(
+        choices=choices,
+        num_prompt_tokens=sum(map(len, prompts)),
+        writer=writer,
+        stream=bool(request.stream),
+        include_usage=bool(options and options.include_usage),
+        sends_empty=bool(request.return_token_ids) or logprobs is not None,
+    )

@@ -1,0 +1,180 @@
+"""The gateway's process: connect, listen on the bus, serve HTTP, beat its heart, drain."""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+
+import uvicorn
+
+from services.gateway.generation import Generator
+from services.gateway.instances import Instances
+from services.gateway.line import Line
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.nats_api import NatsApi
+from services.gateway.openai.app import create_app
+from services.gateway.openai.context import ApiContext
+from services.gateway.streams import Streams
+from shared import __version__
+from shared.bus import connection, subjects
+from shared.bus.connection import Bus, Incoming
+from shared.bus.messages import OutputToken
+from shared.errors import RequestError, SettingsInvalid
+from shared.process import Lifetime, heartbeats
+from shared.registry import registry
+from shared.registry.records import GatewayRecord
+from shared.registry.registry import Registry
+from shared.sampling import SamplingParams
+from shared.settings import GatewaySettings, hostname
+from shared.telemetry import tracing
+from shared.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+async def serve(settings: GatewaySettings, lifetime: Lifetime) -> None:
+    gateway_id = f"gateway-{hostname()}-{secrets.token_hex(4)}"
+    async with AsyncExitStack() as stack:
+        stack.enter_context(tracing.exporting("gateway", gateway_id))
+        tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
+        bus = await stack.enter_async_context(
+            connection.connect(settings.nats_url, name=gateway_id, timeout_s=settings.connect_timeout_s)
+        )
+        records = await stack.enter_async_context(
+            registry.connect(settings.redis_url, ttl_s=settings.record_ttl_s, timeout_s=settings.connect_timeout_s)
+        )
+        await Gateway(settings, gateway_id, tokenizer, bus, records).run(lifetime)
+
+
+class Gateway:
+    """A gateway and its parts; also the `Core` that its APIs speak to."""
+
+    def __init__(
+        self, settings: GatewaySettings, gateway_id: str, tokenizer: Tokenizer, bus: Bus, records: Registry
+    ) -> None:
+        self._settings = settings
+        self._id = gateway_id
+        self._tokenizer = tokenizer
+        self._bus = bus
+        self._records = records
+        self._started_at = time.time()
+        self._streams = Streams(bus, gateway_id)
+        self._instances = Instances(records, settings.group, settings.heartbeat_late_s, self._streams.lose)
+        self._prefill_line, self._decode_line = (
+            Line(
+                bus,
+                role,
+                self._instances.ready,
+                self._streams.num_open,
+                answer_timeout_s=settings.answer_timeout_s,
+                instance_wait_s=settings.instance_wait_s,
+                max_waiting=settings.max_waiting,
+            )
+            for role in ("prefill", "decode")
+        )
+        self._generator = Generator(settings, bus, self._streams, self._prefill_line, self._decode_line)
+        self._api = ApiContext(
+            core=self,
+            tokenizer=tokenizer,
+            served_model_name=settings.served_model_name,
+            metrics=GatewayMetrics(),
+            api_keys=settings.api_key_set,
+            max_body_bytes=settings.max_body_bytes,
+            request_timeout_s=settings.request_timeout_s,
+        )
+
+    def generate(
+        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+    ) -> AsyncGenerator[OutputToken, None]:
+        return self._generator.generate(prompt_token_ids, sampling, request_id=request_id, deadline=deadline)
+
+    def max_model_len(self) -> int:
+        return self._instances.max_model_len() or self._tokenizer.max_model_len
+
+    def not_ready(self) -> str | None:
+        if not self._bus.connected:
+            return "the connection to NATS is lost"
+        missing = [role for role in ("prefill", "decode") if not self._instances.ready(role)]
+        return f"no {' and no '.join(missing)} instance is ready" if missing else None
+
+    async def run(self, lifetime: Lifetime) -> None:
+        """Serves until the lifetime ends, then drains."""
+        settings = self._settings
+        await self._instances.read()
+        async with asyncio.TaskGroup() as tasks:
+            nats_api = NatsApi(self._api, self._bus, self._id, tasks)
+            self._nats_api = nats_api
+            self._bus.on_reconnect(self._streams.bus_came_back)
+            watching = tasks.create_task(self._instances.watch())
+            await self._bus.subscribe(subjects.gateway(self._id, ">"), self._on_message)
+            await nats_api.subscribe()
+            server = _Server(_uvicorn_config(settings, self._api))
+            serving = tasks.create_task(_serve_http(server, settings, lifetime))
+            async with heartbeats(
+                self.record, self._records.write_gateway, self._records.remove_gateway, settings.heartbeat_s
+            ):
+                log.info("ready: %s serves HTTP at %s:%d", self._id, settings.http_host, settings.http_port)
+                await lifetime.until_ending()
+                server.should_exit = True
+                await nats_api.drain(settings.drain_timeout_s)
+                await serving
+            watching.cancel()
+
+    def record(self, heartbeat: int) -> GatewayRecord:
+        """This gateway's record as of now."""
+        return GatewayRecord(
+            id=self._id,
+            pid=os.getpid(),
+            host=hostname(),
+            version=__version__,
+            started_at=self._started_at,
+            heartbeat=heartbeat,
+            address=f"http://{self._settings.http_host}:{self._settings.http_port}",
+            group=self._settings.group,
+            open_requests=len(self._streams),
+            waiting_requests=self._prefill_line.num_waiting,
+        )
+
+    async def _on_message(self, incoming: Incoming) -> None:
+        verb, key = subjects.verb_and_key(incoming.subject)
+        try:
+            if verb == "gone" and incoming.nobody_listens:
+                self._nats_api.client_gone(key)
+            else:
+                await self._streams.on_message(verb, incoming)
+        except RequestError as error:
+            log.error("cannot read a message on %s: %s", incoming.subject, error.message)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, whose signals are ours (`Lifetime`)."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _uvicorn_config(settings: GatewaySettings, api: ApiContext) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(api),
+        host=settings.http_host,
+        port=settings.http_port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, int(settings.drain_timeout_s)),
+    )
+
+
+async def _serve_http(server: _Server, settings: GatewaySettings, lifetime: Lifetime) -> None:
+    try:
+        await server.serve()
+    except SystemExit as error:  # uvicorn's way to say that it cannot listen
+        raise SettingsInvalid(
+            f"{settings.http_host}:{settings.http_port} cannot be used: set PDSERVE_HTTP_HOST and PDSERVE_HTTP_PORT"
+        ) from error
+    lifetime.end()
