@@ -8,8 +8,9 @@ import torch
 
 from shared.sampling import SamplingParams
 
-PARTIAL_TOP = 1024
-"""Top-p looks at this many of the likeliest tokens before it sorts the whole vocabulary."""
+FIRST_SORTED = 128
+SORTED_GROWTH = 16
+"""Top-p looks at this many of the likeliest tokens, then at so many times more, before it sorts the whole vocabulary."""
 
 
 def truncate(logits: torch.Tensor, sampling: list[SamplingParams]) -> None:
@@ -37,9 +38,9 @@ def _lowest_kept(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor)
     """The lowest logit [N, 1] that top-k [N, 1] and then top-p [N, 1] keep."""
     num_tokens = logits.shape[1]
     bounded = top_k < num_tokens
-    num_sorted = max(PARTIAL_TOP, int(top_k[bounded].max()) if bounded.any() else 0)
+    num_sorted = max(FIRST_SORTED, int(top_k[bounded].max()) if bounded.any() else 0)
     while True:
-        top = logits.topk(min(num_sorted, num_tokens)).values  # descending
+        top = _likeliest(logits, num_sorted)
         inside = torch.arange(top.shape[1]) < top_k
         of_top_k = top.masked_fill(~inside, float("-inf"))
         total = torch.where(bounded, of_top_k.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
@@ -49,8 +50,15 @@ def _lowest_kept(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor)
         short = ~bounded & (top_p < 1.0) & (before[:, -1:] < top_p)
         if num_sorted >= num_tokens or not short.any():
             break
-        num_sorted = num_tokens
+        num_sorted *= SORTED_GROWTH
     kept = inside & ((before < top_p) | (top_p >= 1.0))
     kept[:, 0] = True
     lowest = top.gather(1, kept.sum(-1, keepdim=True) - 1)
     return lowest.masked_fill_(~bounded & (top_p >= 1.0), float("-inf"))
+
+
+def _likeliest(logits: torch.Tensor, num_sorted: int) -> torch.Tensor:
+    """The highest logits of each row, descending: [N, min(num_sorted, V)]."""
+    if num_sorted < logits.shape[1]:
+        return logits.topk(num_sorted).values
+    return logits.sort(-1, descending=True).values

@@ -33,16 +33,12 @@ class ModelConfig:
         max_model_len: the model's context in tokens, prompt and output together.
         eos_token_ids: tokens that end a generation; may be empty.
         special_tokens: name (`bos_token`) to content (`<s>`), as chat templates see them.
-        add_bos: whether a prompt starts with `bos_token`; None leaves that to tokenizer.json.
-        add_eos: the same for `eos_token` at the end.
     """
 
     vocab_size: int | None
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     special_tokens: dict[str, str]
-    add_bos: bool | None
-    add_eos: bool | None
     sampling_defaults: SamplingDefaults
 
     @classmethod
@@ -60,8 +56,6 @@ class ModelConfig:
             max_model_len=_max_model_len(folder, config, tokenizer),
             eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id")),
             special_tokens=_special_tokens(tokenizer),
-            add_bos=bool(tokenizer["add_bos_token"]) if "add_bos_token" in tokenizer else None,
-            add_eos=bool(tokenizer["add_eos_token"]) if "add_eos_token" in tokenizer else None,
             sampling_defaults=_sampling_defaults(folder, generation),
         )
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 from shared.errors import ContextTooLong, ModelRefused
 from shared.text.chat_template import ChatTemplate, Message
@@ -27,7 +26,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         config = ModelConfig.read(folder)
-        self._backend = _read_backend(folder, config)
+        self._backend = _read_backend(folder)
         vocab_size = config.vocab_size or self._backend.get_vocab_size()
         self.vocabulary = Vocabulary(self._backend, vocab_size)
         self.chat_template = ChatTemplate.read(folder, config.special_tokens)
@@ -47,7 +46,8 @@ class Tokenizer:
         return self.vocabulary.size
 
     async def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Token ids of a plain prompt, with the special tokens that transformers would add.
+        """Token ids of a plain prompt, with the special tokens that transformers would add: those of tokenizer.json's
+        post-processor, over which it does not let `add_bos_token` of tokenizer_config.json have a say either.
 
         Args:
             text: any length.
@@ -97,7 +97,7 @@ class Tokenizer:
         return () if token_id is None else (token_id,)
 
 
-def _read_backend(folder: Path, config: ModelConfig) -> Backend:
+def _read_backend(folder: Path) -> Backend:
     path = folder / "tokenizer.json"
     try:
         backend = Backend.from_file(str(path))
@@ -106,18 +106,4 @@ def _read_backend(folder: Path, config: ModelConfig) -> Backend:
         raise ModelRefused(f"{path} cannot be read as a tokenizer: {error}.") from error
     backend.no_truncation()
     backend.no_padding()
-    if config.add_bos is not None or config.add_eos is not None or backend.post_processor is None:
-        backend.post_processor = _bos_eos_processor(backend, config)
     return backend
-
-
-def _bos_eos_processor(backend: Backend, config: ModelConfig) -> TemplateProcessing:
-    """transformers lets `add_bos_token` and `add_eos_token` of tokenizer_config.json overrule tokenizer.json."""
-    bos = config.special_tokens.get("bos_token") if config.add_bos else None
-    eos = config.special_tokens.get("eos_token") if config.add_eos else None
-    used = [token for token in (bos, eos) if token is not None]
-    missing = [token for token in used if backend.token_to_id(token) is None]
-    if missing:
-        raise ModelRefused(f"tokenizer_config.json adds {missing[0]} to prompts, which tokenizer.json does not know.")
-    single = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-    return TemplateProcessing(single=single, special_tokens=[(token, backend.token_to_id(token)) for token in used])

@@ -152,7 +152,7 @@ class GenerationFields(Strict):
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: Annotated[list[int] | None, BeforeValidator(_stop_token_ids)] = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None

@@ -1,0 +1,34 @@
+# make setup   creates .venv with everything in it
+# make up      sets up and serves:  make up ARGS="--model Qwen/Qwen3-0.6B --decode 2"
+# make test    sets up and passes the tests (all of .ci/run)
+# make check   the quick half: format, lint, types, tests without services
+# PIP_ARGS     more arguments for pip, such as an index that has torch's CPU build
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup up test check lint compose-test
+
+setup: .venv/.done
+
+.venv/.done: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pdserve needs Python 3.11 or later: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
+	@touch $@
+
+up: setup
+	@exec $(BIN)/pdserve up $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+check: lint
+	$(BIN)/pytest -q -m 'not services'
+
+test: lint
+	$(BIN)/pytest -q

@@ -1,0 +1,171 @@
+"""The vectorised sampler against the plainest way to write each rule, one row and one token at a time."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from shared.engine.adjust import adjust
+from shared.engine.sampler import draw, sample, uniform
+from shared.engine.sequence import Sequence
+from shared.engine.truncate import truncate
+from shared.sampling import SamplingParams
+
+VOCAB = 3000
+PROMPT = [5, 6, 7, 5]
+
+
+def sequence_with(sampling: SamplingParams, generated: list[int] | None = None) -> Sequence:
+    generated = generated or []
+    return Sequence("r", PROMPT + generated, len(PROMPT), [], sampling, 100)
+
+
+def params(**fields: object) -> SamplingParams:
+    return SamplingParams.model_validate({"max_tokens": 100, **fields})
+
+
+def random_logits(num_rows: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(3)) * scale
+
+
+def kept_by_hand(row: list[float], sampling: SamplingParams) -> set[int]:
+    probs = torch.tensor(row, dtype=torch.float64).softmax(0).tolist()
+    kept = {token for token, prob in enumerate(probs) if prob >= sampling.min_p * max(probs)}
+    order = sorted(kept, key=lambda token: -row[token])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    total, mass, nucleus = sum(probs[token] for token in order), 0.0, set()
+    for token in order:
+        if mass / total >= sampling.top_p and sampling.top_p < 1.0:
+            break
+        nucleus.add(token)
+        mass += probs[token]
+    return nucleus
+
+
+TRUNCATIONS = [
+    params(),
+    params(top_k=1),
+    params(top_k=40),
+    params(top_k=5000),
+    params(top_p=0.5),
+    params(top_p=0.999),
+    params(top_p=1e-9),
+    params(min_p=0.2),
+    params(top_k=300, top_p=0.8),
+    params(top_k=50, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 5.0])
+def test_truncation_keeps_what_the_rules_say(scale: float) -> None:
+    logits = random_logits(len(TRUNCATIONS), scale)
+    together = logits.clone()
+    truncate(together, TRUNCATIONS)
+    for number, sampling in enumerate(TRUNCATIONS):
+        kept = set(together[number].isfinite().nonzero().flatten().tolist())
+        # fp32 here, fp64 by hand: the mass may cross top_p one token earlier or later
+        assert len(kept ^ kept_by_hand(logits[number].tolist(), sampling)) <= (1 if sampling.top_p < 1.0 else 0)
+        alone = logits[number : number + 1].clone()
+        truncate(alone, [sampling])
+        assert torch.equal(alone[0], together[number])
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, float("-inf")]])
+    drawn = Counter(int(draw(logits, [sequence_with(params(seed=seed))])) for seed in range(4000))
+    for token, prob in enumerate(logits[0].softmax(0).tolist()):
+        assert abs(drawn[token] / 4000 - prob) < 4 * math.sqrt(0.25 / 4000)
+
+
+def test_uniforms_are_in_range_and_differ() -> None:
+    numbers = {uniform(seed, index) for seed in (0, 1, 2**64 - 1) for index in range(1000)}
+    assert len(numbers) == 3000
+    assert min(numbers) >= 0.0
+    assert max(numbers) < 1.0
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1.0 - 2.0**-53, 1.0])
+def test_a_masked_token_is_never_drawn(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
+    monkeypatch.setattr("shared.engine.sampler.uniform", lambda seed, index: number)
+    logits = random_logits(64)
+    logits[:, :100] = float("-inf")
+    logits[:, -100:] = float("-inf")
+    tokens = draw(logits, [sequence_with(params(temperature=0.7, top_p=0.9))] * 64)
+    assert logits.gather(1, tokens[:, None]).isfinite().all()
+
+
+def test_greedy_rows_and_drawn_rows_side_by_side() -> None:
+    logits = random_logits(4)
+    greedy, drawn = params(temperature=0.0), params(seed=9)
+    choices = sample(logits.clone(), [sequence_with(one) for one in (greedy, drawn, greedy, drawn)])
+    for row in (0, 2):
+        assert choices[row].token_id == int(logits[row].argmax())
+    for row in (1, 3):
+        assert choices[row].token_id == int(draw(logits[row : row + 1], [sequence_with(drawn)]))
+
+
+def adjusted_by_hand(row: list[float], sequence: Sequence) -> list[float]:
+    sampling, row = sequence.sampling, list(row)
+    generated = sequence.token_ids[sequence.num_prompt_tokens :]
+    for token, bias in sampling.logit_bias.items():
+        row[token] += bias
+    if len(generated) < sampling.min_tokens:
+        for token in sampling.stop_token_ids:
+            row[token] = -math.inf
+    for token in set(sequence.token_ids):
+        factor = sampling.repetition_penalty
+        row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
+    for token, times in Counter(generated).items():
+        row[token] -= sampling.frequency_penalty * times + sampling.presence_penalty
+    return row
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {3: 20.0, 9: -100.0}},
+        {"min_tokens": 6, "stop_token_ids": (1, 2)},
+        {"repetition_penalty": 1.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.5},
+        {
+            "logit_bias": {5: 4.0},
+            "min_tokens": 9,
+            "stop_token_ids": (7,),
+            "repetition_penalty": 0.8,
+            "presence_penalty": -1.0,
+            "frequency_penalty": 0.3,
+        },
+    ],
+)
+def test_adjustments_are_those_of_the_rules(fields: dict[str, object]) -> None:
+    logits = random_logits(2)
+    sequences = [sequence_with(params(**fields), [8, 9, 8, 8, 5]), sequence_with(params())]
+    wanted = torch.tensor([adjusted_by_hand(row.tolist(), one) for row, one in zip(logits, sequences, strict=True)])
+    adjust(logits, sequences)
+    torch.testing.assert_close(logits, wanted)
+
+
+def test_min_tokens_ends_when_they_are_out() -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, 1] = 50.0
+    sampling = params(temperature=0.0, min_tokens=2, stop_token_ids=(1,))
+    assert sample(logits.clone(), [sequence_with(sampling, [3])])[0].token_id != 1
+    assert sample(logits.clone(), [sequence_with(sampling, [3, 3])])[0].token_id == 1
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    logits = random_logits(3)
+    wanted = logits.log_softmax(-1)
+    sampling = [params(temperature=0.3, logprobs=2, logit_bias={17: 100.0}), params(), params(logprobs=0)]
+    choices = sample(logits, [sequence_with(one) for one in sampling])
+    assert choices[0].token_id == 17
+    assert choices[0].logprob == pytest.approx(float(wanted[0, 17]))
+    values, ids = wanted[0].topk(2)
+    assert choices[0].top == [(int(token), pytest.approx(float(value))) for token, value in zip(ids, values, strict=True)]
+    assert choices[1].logprob is None
+    assert choices[1].top == []
+    assert choices[2].logprob == pytest.approx(float(wanted[2, choices[2].token_id]))
+    assert choices[2].top == []
