@@ -415,7 +415,7 @@ def ask(question: Question, rng: random.Random) -> list[Message]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": question.answer}]
 
 
-def chats(documents: Iterable[Document], rng: random.Random, greetings: int = 4) -> list[list[Message]]:
+def chats(documents: Iterable[Document], rng: random.Random, greetings: int = 10) -> list[list[Message]]:
     """One epoch of chats: every question of the documents once, differently worded each time, and the greetings."""
     small_talk = [(user, reply) for reply, users in GREETINGS.items() for user in users]
     turns = [

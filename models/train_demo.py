@@ -166,8 +166,8 @@ def make_model() -> LlamaForCausalLM:
         pad_token_id=PAD,
     )
     AttentionInterface.register("short", short_attention)
-    config._attn_implementation = "short"
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation("short")
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             torch.nn.init.zeros_(weight)
@@ -380,7 +380,6 @@ def save(model: LlamaForCausalLM, data: Data, readme: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=".demo-"))
     folder.chmod(0o755)
-    model.config._attn_implementation = "sdpa"
     model.config.dtype = torch.bfloat16
     model.to(torch.bfloat16).save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
@@ -427,13 +426,13 @@ def main() -> None:
     model = make_model()
 
     def evaluate() -> str:
-        return json.dumps(held_out_loss(model, data, held_out, 20_000))
+        return json.dumps(held_out_loss(model, data, held_out, 12_000))
 
     done = train(model, data, args, evaluate, args.checkpoint)
     model.to(torch.bfloat16).float()
+    model.set_attn_implementation("sdpa")
     loss = held_out_loss(model, data, held_out, 10**9)
     print(f"held-out: {json.dumps(loss)}; {done}", flush=True)
-    model.config._attn_implementation = "sdpa"
     model.eval()
     save(model, data, card(model, data, done, loss, args), args.out)
 

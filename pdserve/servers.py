@@ -21,7 +21,7 @@ class Servers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start_nats(self, port: int = -1) -> str:
         """Starts a NATS server on a loopback port (-1: a free one) and returns its URL."""
@@ -37,6 +37,7 @@ class Servers:
     def start_redis(self) -> str:
         """Starts a Valkey server on a unix socket and returns its URL."""
         socket = self._folder / "redis.sock"
+        socket.unlink(missing_ok=True)
         command = [
             _valkey_binary(),
             "--port",
@@ -56,15 +57,15 @@ class Servers:
         )
 
     def stop(self) -> None:
-        for process in self._processes:
+        for process in self.processes.values():
             process.terminate()
-        for process in self._processes:
+        for process in self.processes.values():
             try:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._processes.clear()
+        self.processes.clear()
 
     def _start(self, name: str, command: list[str]) -> "subprocess.Popen[bytes]":
         with (self._folder / f"{name}.log").open("wb") as log:
@@ -76,7 +77,7 @@ class Servers:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        self._processes.append(process)
+        self.processes[name] = process
         return process
 
     def _wait(

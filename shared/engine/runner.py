@@ -69,9 +69,9 @@ class EngineRunner:
 
         Unknown ids are no error: a sequence may have finished meanwhile.
         """
-        done = self._loop.create_future()
         if self._crashed or not self._thread.is_alive():
             return
+        done = self._loop.create_future()
         self._removals.add(done)
         self._commands.put(_Remove(list(request_ids), done))
         await done

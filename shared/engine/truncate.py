@@ -10,7 +10,7 @@ from shared.sampling import SamplingParams
 
 FIRST_SORTED = 128
 SORTED_GROWTH = 16
-"""Top-p looks at this many of the likeliest tokens, then at so many times more, before it sorts the whole vocabulary."""
+"""Top-p looks at so many of the likeliest tokens first, then at so many times more, in the end at the vocabulary."""
 
 
 def truncate(logits: torch.Tensor, sampling: list[SamplingParams]) -> None:

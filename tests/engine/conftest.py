@@ -18,8 +18,11 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _serve(folder: str) -> Served:
-    return Served(load_model(folder, dtype="float32"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+def serve(folder: str) -> Served:
+    """Load a folder both ways."""
+    return Served(
+        load_model(folder, dtype="float32"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session", params=[*CONFIGS, "demo"])
 def served(request: pytest.FixtureRequest, folders: dict[str, str]) -> Served:
-    return _serve(folders[request.param])
+    return serve(folders[request.param])
 
 
 @pytest.fixture(scope="session")
 def llama_served(folders: dict[str, str]) -> Served:
-    return _serve(folders["llama"])
+    return serve(folders["llama"])

@@ -76,9 +76,7 @@ class Served:
         """What transformers' own `generate` says."""
         generation = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
         token_ids = torch.tensor([prompt])
-        output = self.plain.generate(
-            token_ids, attention_mask=torch.ones_like(token_ids), generation_config=generation
-        )
+        output = self.plain.generate(token_ids, attention_mask=torch.ones_like(token_ids), generation_config=generation)
         return output[0, len(prompt) :].tolist()
 
 

@@ -1,10 +1,12 @@
 """Greedy decoding in fp32 gives, token by token, what transformers' own `generate` gives."""
 
 import pytest
+import torch
 
 from shared.sampling import SamplingParams
 
-from .models import Served, ids, prompt_of, run, sequence_of
+from .conftest import serve
+from .models import WINDOW, Served, ids, prompt_of, run, sequence_of
 
 LENGTHS = (1, 2, 15, 16, 17, 100, 600, 2000)
 NUM_TOKENS = 12
@@ -38,26 +40,23 @@ def test_in_chunks(served: Served, expected: dict[int, list[int]], max_step_toke
 
 
 def test_32_mixed(served: Served, expected: dict[int, list[int]]) -> None:
-    engine = served.engine(max_step_tokens=300)
+    engine = served.engine(num_blocks=1200, max_step_tokens=300)
     lengths = [length for length in expected if length <= 600]
     wanted: dict[str, list[int]] = {}
+    generated: dict[str, list[int]] = {}
     first_block = 0
-    for number in range(32):
-        length = lengths[number % len(lengths)]
-        sequence = sequence_of(
-            engine, prompt_of(length), GREEDY, request_id=str(number), first_block=first_block
-        )
-        first_block += len(sequence.blocks)
-        wanted[str(number)] = expected[length]
-        engine.add(sequence)
-        if number % 5 == 0:
-            engine.step()
-    engine.add(sequence_of(engine, prompt_of(5), GREEDY, request_id="late", first_block=first_block))
-    finished = {request: [token.token_id for token in tokens] for request, tokens in run(engine).items()}
-    for request, tokens in wanted.items():
-        # some came out in the steps above
-        assert tokens[len(tokens) - len(finished[request]) :] == finished[request]
-    assert finished["late"] == served.greedy(prompt_of(5), NUM_TOKENS)
+    while engine.has_work or len(wanted) < 32:
+        if len(wanted) < 32:
+            length, request_id = lengths[len(wanted) % len(lengths)], str(len(wanted))
+            sequence = sequence_of(engine, prompt_of(length), GREEDY, request_id=request_id, first_block=first_block)
+            first_block += len(sequence.blocks)
+            wanted[request_id] = expected[length]
+            engine.add(sequence)
+        # 20 at once, then one more per step
+        if len(wanted) >= 20:
+            for token in engine.step():
+                generated.setdefault(token.request_id, []).append(token.token_id)
+    assert generated == wanted
 
 
 def test_prefill_here_decode_there(served: Served, expected: dict[int, list[int]]) -> None:
@@ -83,3 +82,17 @@ def test_prefill_here_decode_there(served: Served, expected: dict[int, list[int]
             sent = sent[len(view) :]
         there.add(decode)
         assert [first.token_id, *ids(run(there)["r"])] == tokens, f"prompt of {length}"
+
+
+@pytest.mark.parametrize("num_decodes", [0, 1])
+@pytest.mark.parametrize("length", [WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW])
+def test_the_window_is_that_of_transformers(folders: dict[str, str], length: int, num_decodes: int) -> None:
+    """One position more or less in the window would change the logits, at the end of a prompt as in a decode."""
+    served = serve(folders["mistral"])
+    engine = served.engine()
+    sampling = SamplingParams(max_tokens=num_decodes + 1, temperature=0.0, logprobs=0)
+    engine.add(sequence_of(engine, prompt_of(length), sampling))
+    tokens = run(engine)["r"]
+    with torch.inference_mode():
+        row = served.plain(torch.tensor([prompt_of(length) + ids(tokens[:-1])])).logits[0, -1].log_softmax(-1)
+    assert tokens[-1].logprob == pytest.approx(float(row.max()), abs=1e-5)

@@ -12,7 +12,7 @@ from shared.engine.sequence import Sequence
 from shared.engine.truncate import truncate
 from shared.sampling import SamplingParams
 
-VOCAB = 3000
+VOCAB = 2200
 PROMPT = [5, 6, 7, 5]
 
 
@@ -164,7 +164,9 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     assert choices[0].token_id == 17
     assert choices[0].logprob == pytest.approx(float(wanted[0, 17]))
     values, ids = wanted[0].topk(2)
-    assert choices[0].top == [(int(token), pytest.approx(float(value))) for token, value in zip(ids, values, strict=True)]
+    assert choices[0].top == [
+        (int(token), pytest.approx(float(value))) for token, value in zip(ids, values, strict=True)
+    ]
     assert choices[1].logprob is None
     assert choices[1].top == []
     assert choices[2].logprob == pytest.approx(float(wanted[2, choices[2].token_id]))

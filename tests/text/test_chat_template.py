@@ -5,7 +5,7 @@ import pytest
 
 from shared.errors import InvalidRequest, ModelRefused
 from shared.text.chat_template import ChatTemplate
-from text.conftest import DEMO
+from tests.text.conftest import DEMO
 
 CHATS = [
     [{"role": "user", "content": "Hi"}],

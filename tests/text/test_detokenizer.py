@@ -6,7 +6,7 @@ from tokenizers import decoders, models, normalizers
 from shared.text.detokenizer import Detokenizer, WindowDetokenizer
 from shared.text.tokenizer import Tokenizer
 from shared.text.vocabulary import Vocabulary
-from text.conftest import DEMO
+from tests.text.conftest import DEMO
 
 TOKENIZER = Tokenizer(DEMO)
 

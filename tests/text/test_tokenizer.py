@@ -11,7 +11,7 @@ import pytest
 from shared.errors import ContextTooLong, ModelRefused
 from shared.text.files import resolve_model
 from shared.text.tokenizer import Tokenizer
-from text.conftest import DEMO
+from tests.text.conftest import DEMO
 
 TEXTS = ["Once upon a time", " leading", "trailing ", "zwei\n\nZeilen\t", "naïve 🦔 日本語", "<|end|>inside<|end|>"]
 

@@ -1,0 +1,119 @@
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import BloomConfig, Gemma2Config, MambaConfig, PreTrainedConfig
+
+from shared.engine.loader import load_model
+from shared.errors import ModelRefused
+from shared.kv.layout import LayerLayout
+
+from .models import llama, save
+
+
+@pytest.fixture
+def copy(folders: dict[str, str], tmp_path: Path) -> Path:
+    """A copy of the Llama folder, to be spoiled."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
+
+
+def refusal(model: str | Path) -> str:
+    with pytest.raises(ModelRefused) as refused:
+        load_model(str(model), dtype="float32")
+    assert str(model) in str(refused.value)
+    return str(refused.value)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_layout_and_sizes(folders: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        loaded = load_model(folders["llama"], dtype="float32", block_size=8)
+    assert loaded.layout.layers == (LayerLayout(num_kv_heads=2, key_dim=16, value_dim=16),) * 2
+    assert (loaded.layout.dtype, loaded.layout.block_size) == ("float32", 8)
+    assert loaded.max_position_embeddings == 4096
+    assert loaded.weight_bytes == 4 * loaded.num_parameters
+    assert "ready after" in caplog.text
+
+
+def test_bfloat16(folders: dict[str, str]) -> None:
+    loaded = load_model(folders["mistral"], dtype="bfloat16")
+    assert loaded.layout.dtype == "bfloat16"
+    assert loaded.weight_bytes == 2 * loaded.num_parameters
+
+
+def test_fingerprint_tells_weights_layouts_and_configurations_apart(folders: dict[str, str], copy: Path) -> None:
+    plain = load_model(folders["llama"], dtype="float32").fingerprint
+    assert load_model(str(copy), dtype="float32").fingerprint == plain
+    assert load_model(str(copy), dtype="bfloat16").fingerprint != plain
+    assert load_model(str(copy), dtype="float32", block_size=32).fingerprint != plain
+    change_config(copy, rms_norm_eps=1e-3)
+    assert load_model(str(copy), dtype="float32").fingerprint != plain
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "nothing")
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert "no weights" in refusal(copy)
+
+
+def test_broken_config(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "llama",')
+    assert "not JSON" in refusal(copy)
+
+
+def test_broken_weights(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "cannot be loaded" in refusal(copy)
+
+
+def test_weights_of_a_smaller_model(copy: Path) -> None:
+    change_config(copy, num_hidden_layers=3)
+    assert "lack" in refusal(copy)
+
+
+def test_unknown_architecture(copy: Path) -> None:
+    change_config(copy, model_type="unheard_of", architectures=["UnheardOf"])
+    assert "unheard_of" in refusal(copy)
+
+
+SMALL: dict[str, int] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+GEMMA2 = Gemma2Config(**SMALL, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(**SMALL, state_size=4), "linear_attention"),
+        (GEMMA2, "softcap"),
+        (BloomConfig(**SMALL, n_head=2), "max_position_embeddings"),
+        (BloomConfig(**SMALL, n_head=2, max_position_embeddings=128), "layers [0, 1] do not use"),
+        (
+            llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+            "rope type dynamic",
+        ),
+    ],
+    ids=["mamba", "softcap", "unknown length", "own attention", "dynamic rope"],
+)
+def test_what_the_engine_cannot_compute(config: PreTrainedConfig, reason: str, tmp_path: Path) -> None:
+    message = refusal(save(config, tmp_path / "model"))
+    assert reason in message
+    assert config.model_type in message
+
+
+def test_the_selftest_notices_wrong_logits(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.engine.pool.KVPool.write", lambda *_: None)
+    assert "other logits" in refusal(folders["llama"])

@@ -1,0 +1,86 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.openai.app import create_app
+from services.gateway.openai.context import ApiContext
+from shared.text.tokenizer import Tokenizer
+from tests.gateway.openai.fake_core import FakeCore
+
+DEMO = Path(__file__).parents[3] / "models" / "demo"
+MODEL = "demo"
+
+
+async def wait_until(predicate: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Return as soon as the predicate holds; fail if it does not in time."""
+    until = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < until, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serving(api: ApiContext) -> AsyncIterator[int]:
+    """The API on a real server; gives its port."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(api), port=0, log_level="critical", lifespan="off", server_header=False)
+    )
+    task = asyncio.create_task(server.serve())
+    await wait_until(lambda: server.started)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(DEMO)
+
+
+@pytest.fixture
+def core() -> FakeCore:
+    return FakeCore()
+
+
+@pytest.fixture
+def api(core: FakeCore, tokenizer: Tokenizer) -> ApiContext:
+    return ApiContext(core=core, tokenizer=tokenizer, served_model_name=MODEL, metrics=GatewayMetrics())
+
+
+@pytest.fixture
+async def port(api: ApiContext) -> AsyncIterator[int]:
+    async with serving(api) as port:
+        yield port
+
+
+@pytest.fixture
+async def client(port: int) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(port: int) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+async def locked(api: ApiContext) -> AsyncIterator[int]:
+    """The port of an API that wants a key."""
+    async with serving(replace(api, api_keys=frozenset({"first key", "second key"}))) as port:
+        yield port
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a text that the fake core is to give."""
+    return tokenizer._encode(text, add_special_tokens=False)

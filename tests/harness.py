@@ -1,0 +1,146 @@
+"""What tests stand on: real servers and real services on free ports, and waiting for a condition."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import httpx
+
+from pdserve.children import Child, Forked, Program, fork_server, last_words, wait_for_exit
+from pdserve.servers import Servers
+from pdserve.status import ask
+from shared.bus.messages import InstanceStatus, Status
+from shared.settings import DEMO_MODEL, tame_threads
+
+TIMEOUT_S = 60.0
+HEARTBEAT_S = 0.1
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def wait_until(predicate: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    """Returns once `predicate()` is true; fails after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not predicate():
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+async def eventually(predicate: Callable[[], object | Awaitable[object]], timeout_s: float = TIMEOUT_S) -> None:
+    """`wait_until` for coroutines."""
+    end = time.monotonic() + timeout_s
+    while True:
+        result = predicate()
+        if await result if isinstance(result, Awaitable) else result:
+            return
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        await asyncio.sleep(0.02)
+
+
+class System:
+    """A whole pdserve of real processes: its own NATS and Valkey, a controller, a gateway, and instances.
+
+    Settings apply to every service that knows them, as `PDSERVE_*` would. `folder` gets the logs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        servers: Servers,
+        *,
+        model: str = DEMO_MODEL,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        tame_threads()
+        self.folder = folder
+        self.servers = servers
+        self.nats_url = servers.start_nats(free_port())
+        self.redis_url = servers.start_redis()
+        self.port = free_port()
+        self.settings = {
+            "nats_url": self.nats_url,
+            "redis_url": self.redis_url,
+            "heartbeat_s": HEARTBEAT_S,
+            "heartbeat_late_s": 1.0,
+            "model": model,
+            "log_level": "debug",
+            **(settings or {}),
+        }
+        self.context = fork_server(["transformers.models.llama.modeling_llama"])
+        self.gateway = Program(
+            "gateway", "services.gateway", {**self.settings, "http_port": self.port}, folder / "gateway.log"
+        )
+        self.controller = Program("controller", "services.controller", self.settings, folder / "controller.log")
+        self.instances = [self._instance("prefill", n) for n in range(num_prefill)]
+        self.instances += [self._instance("decode", n) for n in range(num_decode)]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def children(self) -> list[Child]:
+        return [self.controller, self.gateway, *self.instances]
+
+    def start(self) -> "System":
+        """Starts everything and waits until all instances are ready and known to the gateway."""
+        for child in self.children:
+            child.start()
+        self.wait_until_ready()
+        return self
+
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self._all_run() and self._is_ready() and len(self.live()) == len(self.instances))
+
+    def stop(self) -> None:
+        """Ends everything as `pdserve up` does; nothing may be left."""
+        for wave in ([self.gateway], self.instances, [self.controller]):
+            for child in wave:
+                child.terminate()
+            for child in wait_for_exit(list(wave), 20.0):
+                child.kill()
+                raise AssertionError(f"{child.name} did not end: {last_words(child.log)}")
+        self.servers.stop()
+
+    def status(self) -> Status:
+        return asyncio.run(ask(self.nats_url))
+
+    def live(self) -> list[InstanceStatus]:
+        return [one for one in self.status().instances if not one.late]
+
+    def nothing_is_held(self) -> bool:
+        """Whether every block and slot of every live instance is free."""
+        return all(one.slots_used == 0 and one.blocks_free == one.blocks_total for one in self.live())
+
+    def wait_until_nothing_is_held(self) -> None:
+        """Waits until that is so and stays so over a few heartbeats."""
+        wait_until(self.nothing_is_held)
+        time.sleep(3 * HEARTBEAT_S)
+        assert self.nothing_is_held()
+
+    def instance(self, role: str, number: int = 0) -> Forked:
+        return next(one for one in self.instances if one.name == f"{role}-{number}")
+
+    def _instance(self, role: str, number: int) -> Forked:
+        name = f"{role}-{number}"
+        settings = {**self.settings, "role": role, "threads": 1, "kv_pool_bytes": 2**28}
+        return Forked(name, role, settings, self.folder / f"{name}.log", self.context)
+
+    def _all_run(self) -> bool:
+        for child in self.children:
+            assert child.exit_code() is None, f"{child.name} ended: {last_words(child.log)}"
+        return True
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health/ready", timeout=2.0, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
