@@ -58,7 +58,7 @@ def _load(model: str, is_folder: bool, dtype: DType, device: str, block_size: in
     torch.nn.Module.to(weights, device)
     logger.info("model %s: weights loaded after %.1f s, testing", model, time.monotonic() - started)
     text_config = weights.config.get_text_config(decoder=True)
-    expected = own_logits(weights, text_config.vocab_size)
+    expected = own_logits(weights, text_config.vocab_size, getattr(text_config, "sliding_window", None))
     layout = probe_layout(model, weights, dtype, block_size)
     attention = PagedAttention()
     weights.set_attn_implementation(attention.name)

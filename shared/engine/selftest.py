@@ -18,6 +18,8 @@ from shared.sampling import SamplingParams
 TOLERANCE = {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2}
 """Largest difference of two logits, as a part of their spread: rounding stays well below, a wrong mask does not."""
 NUM_TOKENS = (7, 21)
+LONGEST = 300
+"""The second request is made longer, up to this, to be longer than the model's sliding window."""
 CHUNK = 10
 
 
@@ -30,9 +32,12 @@ class Expected:
 
 
 @torch.inference_mode()
-def own_logits(model: PreTrainedModel, vocab_size: int) -> Expected:
+def own_logits(model: PreTrainedModel, vocab_size: int, window: int | None) -> Expected:
     """Compute the test requests one by one with the attention that the model came with."""
-    token_ids = [[(7 + 31 * i + 5 * length) % vocab_size for i in range(length)] for length in NUM_TOKENS]
+    short, long = NUM_TOKENS
+    if window is not None and window + short <= LONGEST:
+        long = max(long, window + short)
+    token_ids = [[(7 + 31 * i + 5 * length) % vocab_size for i in range(length)] for length in (short, long)]
     logits = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in token_ids]
     return Expected(token_ids, logits)
 

@@ -24,6 +24,7 @@ def authenticate(api_keys: frozenset[str], path: str, authorization: str | None)
 
 
 def _is_among(key: str, api_keys: Iterable[str]) -> bool:
-    # Every key is compared, in constant time, so that the time taken tells nothing of any of them.
-    matches = [hmac.compare_digest(key.encode(), known.encode()) for known in api_keys]
+    # Headers come decoded as Latin-1. Every key is compared, in constant time, so that the time tells nothing of any.
+    sent = key.encode("latin-1")
+    matches = [hmac.compare_digest(sent, known.encode()) for known in api_keys]
     return any(matches)

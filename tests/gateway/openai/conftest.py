@@ -1,6 +1,5 @@
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +14,10 @@ from services.gateway.openai.app import create_app
 from services.gateway.openai.context import ApiContext
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.fake_core import FakeCore
+from tests.harness import eventually
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 MODEL = "demo"
-
-
-async def wait_until(predicate: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Return as soon as the predicate holds; fail if it does not in time."""
-    until = time.monotonic() + timeout_s
-    while not predicate():
-        assert time.monotonic() < until, "waited in vain"
-        await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -35,7 +27,7 @@ async def serving(api: ApiContext) -> AsyncIterator[int]:
         uvicorn.Config(create_app(api), port=0, log_level="critical", lifespan="off", server_header=False)
     )
     task = asyncio.create_task(server.serve())
-    await wait_until(lambda: server.started)
+    await eventually(lambda: server.started)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     await task
@@ -77,7 +69,7 @@ async def http(port: int) -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 async def locked(api: ApiContext) -> AsyncIterator[int]:
     """The port of an API that wants a key."""
-    async with serving(replace(api, api_keys=frozenset({"first key", "second key"}))) as port:
+    async with serving(replace(api, api_keys=frozenset({"first key", "zweiter Schlüssel"}))) as port:
         yield port
 
 

@@ -16,8 +16,9 @@ from openai import (
 
 from services.gateway.openai.context import ApiContext
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
-from tests.gateway.openai.conftest import MODEL, serving, wait_until
+from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore
+from tests.harness import eventually
 
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": MODEL, "messages": USER}
@@ -25,15 +26,23 @@ CHAT = {"model": MODEL, "messages": USER}
 
 async def test_a_key_is_asked_for_and_compared(locked: int) -> None:
     url = f"http://127.0.0.1:{locked}"
-    for key in ("first key", "second key"):
+    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="first key", max_retries=0) as client:
+        await client.chat.completions.create(model=MODEL, messages=USER)
+    for key in ("first", "third key"):
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
-            await client.chat.completions.create(model=MODEL, messages=USER)
-    for key in ("first", "third key", "schlüssel"):
-        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
             with pytest.raises(AuthenticationError) as caught:
-                await client.models.list(extra_headers={"Authorization": f"Bearer {key}".encode().decode("latin-1")})
+                await client.models.list()
             assert caught.value.code == "invalid_api_key"
     async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        for header, status in [
+            ("Bearer zweiter Schlüssel", 200),
+            ("bearer first key", 200),
+            ("Bearer schlüssel", 401),
+            ("Bearer", 401),
+            ("Basic first key", 401),
+        ]:
+            response = await http.get("/v1/models", headers={"authorization": header.encode()})
+            assert response.status_code == status
         response = await http.get("/v1/models")
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
@@ -120,15 +129,15 @@ async def test_a_client_that_goes_cancels_its_request(
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
-    await wait_until(lambda: [call.num_given for call in core.calls] == [len(given)] * 2)
+    await eventually(lambda: [call.num_given for call in core.calls] == [len(given)] * 2)
     if stream and given:
         await reader.readuntil(b"data: ")
     assert not any(call.is_closed for call in core.calls)
     writer.close()
     await writer.wait_closed()
-    await wait_until(lambda: all(call.is_closed for call in core.calls))
+    await eventually(lambda: all(call.is_closed for call in core.calls))
     count = api.metrics.requests.labels("chat", "cancelled")
-    await wait_until(lambda: count._value.get() == 1)
+    await eventually(lambda: count._value.get() == 1)
 
 
 async def test_a_request_has_a_deadline(api: ApiContext, core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:

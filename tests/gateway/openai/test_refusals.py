@@ -1,11 +1,20 @@
 """Every kind of bad request: the status, the field at fault, and that the sentence says what is wrong."""
 
+from collections.abc import AsyncIterator
+
 import httpx
 import pytest
+import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
-from tests.gateway.openai.conftest import MODEL
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.openai.context import ApiContext
+from shared.text.tokenizer import Tokenizer
+from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CORE = FakeCore()
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "http://x"}}]
 
@@ -67,6 +76,33 @@ BAD_CHATS = [
     ({"audio": {"voice": "x"}}, "audio", "only text"),
     ({"prompt": "Hi"}, "prompt", "unknown"),
 ]
+
+
+@pytest.fixture
+def core() -> FakeCore:
+    """The core of the one server of this module, as good as new."""
+    CORE.calls.clear()
+    CORE.context = FakeCore.context
+    return CORE
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def port(tokenizer: Tokenizer) -> AsyncIterator[int]:
+    api = ApiContext(core=CORE, tokenizer=tokenizer, served_model_name=MODEL, metrics=GatewayMetrics())
+    async with serving(api) as port:
+        yield port
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def http(port: int) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(port: int) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0) as client:
+        yield client
 
 
 async def refusal(client: httpx.AsyncClient, path: str, body: object) -> dict[str, str]:

@@ -1,0 +1,105 @@
+"""The bus on a real NATS server: typed messages, headers, who is told what, and a restart of the server."""
+
+import asyncio
+import time
+
+import pytest
+from pydantic import BaseModel
+
+from pdserve.servers import Servers
+from shared.bus import connection
+from shared.bus.connection import Incoming
+from shared.bus.messages import Answer, Cancel
+from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable
+from tests.harness import eventually, free_port
+
+
+class Note(BaseModel):
+    number: int
+
+
+async def test_a_request_carries_its_deadline_and_gets_a_typed_answer(nats_url: str) -> None:
+    heard: list[Incoming] = []
+
+    async def answer(incoming: Incoming) -> None:
+        heard.append(incoming)
+        await incoming.respond(Answer(accepted=False, reason="no_slot"))
+
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        await bus.subscribe("there", answer)
+        deadline = time.time() + 10
+        reply = await bus.request("there", Note(number=3), Answer, timeout_s=5.0, deadline=deadline)
+        assert reply == Answer(accepted=False, reason="no_slot")
+        assert heard[0].parse(Note) == Note(number=3)
+        assert heard[0].deadline == pytest.approx(deadline, abs=1e-5)
+        assert float(heard[0].headers["Pd-Sent"]) <= time.time()
+        with pytest.raises(DeadlineExceeded):
+            await bus.request("there", Note(number=3), Answer, timeout_s=5.0, deadline=time.time() - 1)
+
+
+async def test_nobody_and_silence_are_a_peer_that_is_unavailable(nats_url: str) -> None:
+    async def say_nothing(incoming: Incoming) -> None:
+        pass
+
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        await bus.subscribe("silent", say_nothing)
+        with pytest.raises(PeerUnavailable, match="nobody listens"):
+            await bus.request("nobody", Note(number=1), Answer, timeout_s=5.0)
+        with pytest.raises(PeerUnavailable, match="no answer"):
+            await bus.request("silent", Note(number=1), Answer, timeout_s=0.05)
+
+
+async def test_a_message_that_is_too_large_says_so(nats_url: str) -> None:
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        with pytest.raises(InvalidRequest, match="raise max_payload"):
+            await bus.request("x", Cancel(request_ids=["y" * bus.max_payload]), Answer, timeout_s=5.0)
+
+
+async def test_a_message_of_another_form_names_its_first_fault(nats_url: str) -> None:
+    heard: asyncio.Queue[Incoming] = asyncio.Queue()
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        await bus.subscribe("here", heard.put)
+        await bus.publish("here", Note(number=1))
+        incoming = await asyncio.wait_for(heard.get(), 10)
+        with pytest.raises(InvalidRequest, match="request_ids: Field required") as caught:
+            incoming.parse(Cancel)
+        assert caught.value.param == "request_ids"
+        with pytest.raises(InvalidRequest, match="Pd-Deadline"):
+            _ = incoming.deadline
+
+
+async def test_a_sender_is_told_when_nobody_listens(nats_url: str) -> None:
+    told: asyncio.Queue[Incoming] = asyncio.Queue()
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        await bus.subscribe("told.>", told.put)
+        await bus.publish("nobody", Note(number=1), tell_if_gone="told.stream-1")
+        incoming = await asyncio.wait_for(told.get(), 10)
+        assert incoming.nobody_listens
+        assert incoming.subject == "told.stream-1"
+
+
+async def test_it_comes_back_after_a_restart_with_its_subscriptions(servers: Servers) -> None:
+    port = free_port()
+    url = servers.start_nats(port)
+    numbers: list[int] = []
+    renewals: list[None] = []
+
+    async def hear(incoming: Incoming) -> None:
+        numbers.append(incoming.parse(Note).number)
+
+    async with connection.connect(url, name="a", timeout_s=5.0) as bus:
+        bus.on_reconnect(lambda: renewals.append(None))
+        await bus.subscribe("here", hear)
+        servers.processes["nats"].kill()
+        servers.processes["nats"].wait()
+        await eventually(lambda: not bus.connected)
+        servers.start_nats(port)
+        await eventually(lambda: bool(renewals) and bus.connected)
+        await bus.publish("here", Note(number=7))
+        await eventually(lambda: numbers == [7])
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(BusUnavailable, match="set PDSERVE_NATS_URL"):
+        async with connection.connect(f"nats://127.0.0.1:{free_port()}", name="a", timeout_s=0.5):
+            pass
