@@ -1,0 +1,175 @@
+"""Scripted instances for tests of the gateway: real messages on a real bus, and no engine behind them."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+from services.gateway.generation import Generator
+from services.gateway.line import Line
+from services.gateway.streams import Streams
+from shared.bus import connection, subjects
+from shared.bus.connection import Bus, Incoming
+from shared.bus.messages import (
+    Answer,
+    Cancel,
+    DecodeRequest,
+    Failed,
+    KVLease,
+    Message,
+    OutputToken,
+    Prefilled,
+    PrefillRequest,
+    StepTokens,
+)
+from shared.errors import ErrorBody, RequestError
+from shared.registry.records import InstanceRecord, Role
+from shared.sampling import SamplingParams
+from shared.settings import GatewaySettings
+from tests.registry.test_view import record
+
+Request = PrefillRequest | DecodeRequest
+_numbers = count()
+
+
+def next_token(request: Request) -> int:
+    """The model of these tests: each token is the sum of all before it, modulo a prime."""
+    return sum(request.token_ids) % 997
+
+
+@dataclass
+class Scripted:
+    """An instance: `answers` are given to its requests in turn (None: no answer at all), then it accepts all."""
+
+    bus: Bus
+    record: InstanceRecord
+    answers: list[Answer | None] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+    async def handle(self, incoming: Incoming) -> None:
+        verb, _ = subjects.verb_and_key(incoming.subject)
+        if verb == "cancel":
+            self.cancelled += incoming.parse(Cancel).request_ids
+            return
+        request = incoming.parse(PrefillRequest if verb == "prefill" else DecodeRequest)
+        self.requests.append(request)
+        answer = self.answers.pop(0) if self.answers else Answer(accepted=True)
+        if answer is None:
+            return
+        await incoming.respond(answer)
+        if answer.accepted:
+            await self.serve(request)
+
+    async def serve(self, request: Request) -> None:
+        """Does at once what a good instance does."""
+        if isinstance(request, PrefillRequest):
+            await self.prefilled(request)
+        else:
+            await self.decode(request)
+
+    async def prefilled(self, request: PrefillRequest) -> None:
+        token = token_of(request, request.token_ids)
+        lease = KVLease(
+            lease_id=request.request_id,
+            instance_id=self.record.id,
+            host="h",
+            port=1,
+            num_tokens=len(request.token_ids),
+            num_bytes=1,
+            expires_at=time.time() + 60,
+        )
+        await self.tell(
+            "prefilled",
+            Prefilled(instance_id=self.record.id, token=token, lease=lease if token.finish_reason is None else None),
+        )
+
+    async def decode(self, request: DecodeRequest, up_to: int | None = None) -> None:
+        """Sends all tokens to the end, or only those before index `up_to`."""
+        token_ids = list(request.token_ids)
+        last = request.num_prompt_tokens + request.sampling.max_tokens
+        while len(token_ids) < last and (up_to is None or len(token_ids) - request.num_prompt_tokens < up_to):
+            token = token_of(request, token_ids)
+            token_ids.append(token.token_id)
+            await self.tell("tokens", StepTokens(instance_id=self.record.id, tokens=[token]))
+
+    async def fail(self, request: Request, error: RequestError | None = None) -> None:
+        body = error.body if error else ErrorBody(code="instance_failed", message="scripted")
+        await self.tell("failed", Failed(instance_id=self.record.id, request_id=request.request_id, error=body))
+
+    async def tell(self, verb: str, message: Message) -> None:
+        await self.bus.publish(subjects.gateway("g", verb), message)
+
+
+def token_of(request: Request, token_ids: list[int]) -> OutputToken:
+    index = len(token_ids) - request.num_prompt_tokens
+    return OutputToken(
+        request_id=request.request_id,
+        index=index,
+        token_id=sum(token_ids) % 997,
+        finish_reason="length" if index + 1 == request.sampling.max_tokens else None,
+    )
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    token_ids = list(prompt)
+    for _ in range(max_tokens):
+        token_ids.append(sum(token_ids) % 997)
+    return token_ids[len(prompt) :]
+
+
+class Fleet:
+    """A gateway's core on the bus, and the scripted instances that it knows."""
+
+    def __init__(self, bus: Bus, settings: GatewaySettings) -> None:
+        self.bus = bus
+        self.instances: dict[str, Scripted] = {}
+        self.streams = Streams(bus, "g")
+        self.prefill_line, self.decode_line = (
+            Line(
+                bus,
+                role,
+                self.ready,
+                self.streams.num_open,
+                answer_timeout_s=settings.answer_timeout_s,
+                instance_wait_s=settings.instance_wait_s,
+                max_waiting=settings.max_waiting,
+            )
+            for role in ("prefill", "decode")
+        )
+        self.generator = Generator(settings, bus, self.streams, self.prefill_line, self.decode_line)
+
+    def ready(self, role: Role) -> list[InstanceRecord]:
+        return [one.record for one in self.instances.values() if one.record.role == role]
+
+    async def add(
+        self, name: str, role: Role, *answers: Answer | None, kind: type[Scripted] = Scripted, **changes: object
+    ) -> Scripted:
+        one = kind(self.bus, record(name, role=role, **changes), list(answers))
+        self.instances[name] = one
+        await self.bus.subscribe(subjects.instance(name, ">"), one.handle)
+        return one
+
+    async def generate(self, prompt: list[int], max_tokens: int = 8, timeout_s: float = 30.0) -> list[int]:
+        tokens = self.generator.generate(
+            prompt,
+            SamplingParams(max_tokens=max_tokens),
+            request_id=f"r{next(_numbers)}",
+            deadline=time.time() + timeout_s,
+        )
+        return [token.token_id async for token in tokens]
+
+
+@asynccontextmanager
+async def fleet(nats_url: str, **settings: object) -> AsyncIterator[Fleet]:
+    chosen = {"answer_timeout_s": 0.3, "instance_wait_s": 0.5, **settings}
+    async with connection.connect(nats_url, name="g", timeout_s=5.0) as bus:
+        made = Fleet(bus, GatewaySettings(**chosen))  # type: ignore[arg-type]
+
+        async def hear(incoming: Incoming) -> None:
+            verb, _ = subjects.verb_and_key(incoming.subject)
+            await made.streams.on_message(verb, incoming)
+
+        await bus.subscribe(subjects.gateway("g", ">"), hear)
+        yield made

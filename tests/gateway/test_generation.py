@@ -1,0 +1,259 @@
+"""One request over scripted instances: its way, and what happens when they refuse, fail, fall silent or lose messages."""
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+
+from shared.bus.messages import Answer, DecodeRequest, PrefillRequest, StepTokens
+from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
+from shared.sampling import SamplingParams
+from tests.gateway.scripted import Request, Scripted, expected, fleet, token_of
+from tests.harness import eventually
+
+PROMPT = [3, 1, 4, 1, 5]
+NO_SLOT = Answer(accepted=False, reason="no_slot")
+
+
+async def test_prefill_then_decode(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill, decode = await one.add("p", "prefill"), await one.add("d", "decode")
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        [prefilled], [decoded] = prefill.requests, decode.requests
+        assert isinstance(decoded, DecodeRequest)
+        assert prefilled.token_ids == PROMPT
+        assert decoded.token_ids == PROMPT + expected(PROMPT, 1)
+        assert decoded.lease.instance_id == "p"
+        assert (prefill.cancelled, decode.cancelled) == ([], [])
+
+
+async def test_a_request_that_ends_with_its_first_token_needs_no_decode(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill")
+        decode = await one.add("d", "decode")
+        assert await one.generate(PROMPT, max_tokens=1) == expected(PROMPT, 1)
+        assert decode.requests == []
+
+
+async def test_on_refusal_the_next_is_asked_and_then_all_again(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        first = await one.add("p1", "prefill", NO_SLOT, NO_SLOT, NO_SLOT)
+        second = await one.add("p2", "prefill", NO_SLOT, NO_SLOT, NO_SLOT, NO_SLOT)
+        await one.add("d", "decode", NO_SLOT, NO_SLOT)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        assert len(first.requests) == 4
+        assert len(second.requests) in (3, 4)
+
+
+async def test_the_line_is_first_come_first_served(nats_url: str) -> None:
+    """Nobody who came later is accepted before those ahead of him."""
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill", *[NO_SLOT] * 10)
+        await one.add("d", "decode")
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(6):
+                tasks.create_task(one.generate([*PROMPT, number]))
+                await eventually(
+                    lambda waiting=number + 1: one.prefill_line.num_waiting == waiting or prefill.answers == []
+                )
+        accepted = [request.token_ids[-1] for request in prefill.requests[10:]]
+        assert accepted == sorted(accepted)
+
+
+async def test_no_slot_before_the_ttft_deadline(nats_url: str) -> None:
+    async with fleet(nats_url, ttft_timeout_s=0.3) as one:
+        await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        with pytest.raises(Overloaded, match="no prefill instance had a free slot") as caught:
+            await one.generate(PROMPT)
+        assert caught.value.retry_after_s
+
+
+async def test_a_line_that_is_too_long_refuses_at_once(nats_url: str) -> None:
+    async with fleet(nats_url, ttft_timeout_s=1.0, max_waiting=1) as one:
+        await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        waiting = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: one.prefill_line.num_waiting == 1)
+        with pytest.raises(Overloaded, match="1 requests wait"):
+            await one.generate(PROMPT)
+        with pytest.raises(Overloaded):
+            await waiting
+
+
+async def test_nobody_there(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        with pytest.raises(NoInstance, match="no prefill instance"):
+            await one.generate(PROMPT)
+
+
+async def test_an_instance_of_other_weights_is_not_asked_to_decode(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill")
+        other = await one.add("d1", "decode", fingerprint="other")
+        await one.add("d2", "decode")
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        assert other.requests == []
+
+
+async def test_silence_instead_of_an_answer_is_cancelled_and_avoided(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        silent = await one.add("p1", "prefill", None, None)
+        await one.add("d", "decode")
+
+        async def answer_later() -> None:
+            await eventually(lambda: silent.requests)
+            await one.add("p2", "prefill")
+
+        later = asyncio.create_task(answer_later())
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        assert silent.cancelled == [silent.requests[0].request_id]
+        await later
+
+
+class FailsAfter(Scripted):
+    """Decodes three tokens and fails, the first time."""
+
+    async def serve(self, request: Request) -> None:
+        if isinstance(request, DecodeRequest) and len(self.requests) == 1:
+            await self.decode(request, up_to=3)
+            await self.fail(request)
+        else:
+            await super().serve(request)
+
+
+class LosesTokens(FailsAfter):
+    async def serve(self, request: Request) -> None:
+        if isinstance(request, DecodeRequest) and len(self.requests) == 1:
+            await self.decode(request, up_to=3)
+            token = token_of(request, [*request.token_ids, 0, 0, 0, 0])
+            await self.tell("tokens", StepTokens(instance_id=self.record.id, tokens=[token]))
+        else:
+            await super().serve(request)
+
+
+class DoublesTokens(Scripted):
+    async def serve(self, request: Request) -> None:
+        if isinstance(request, DecodeRequest):
+            await self.decode(request, up_to=4)
+        await super().serve(request)
+
+
+class FallsSilent(FailsAfter):
+    async def fail(self, request: Request, error: object = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [FailsAfter, LosesTokens])
+async def test_a_decode_that_fails_or_loses_tokens_is_taken_over_without_a_seam(
+    nats_url: str, kind: type[Scripted]
+) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=kind)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        again = prefill.requests[1]
+        assert again.token_ids == PROMPT + expected(PROMPT, 3)
+        assert again.num_prompt_tokens == len(PROMPT)
+        await eventually(lambda: decode.requests[0].request_id in decode.cancelled)
+
+
+async def test_tokens_that_come_twice_are_passed_over(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill")
+        await one.add("d", "decode", kind=DoublesTokens)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+
+
+async def test_silence_in_the_middle_is_a_failure(nats_url: str) -> None:
+    async with fleet(nats_url, token_timeout_s=0.3) as one:
+        await one.add("p", "prefill")
+        await one.add("d", "decode", kind=FallsSilent)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+
+
+async def test_a_lost_instance_and_a_bus_that_was_away_end_the_attempt(nats_url: str) -> None:
+    for lose in (lambda one: one.streams.lose("d"), lambda one: one.streams.bus_came_back()):
+        async with fleet(nats_url, max_attempts=2) as one:
+            await one.add("p", "prefill")
+            decode = await one.add("d", "decode", kind=FallsSilent)
+            work = asyncio.create_task(one.generate(PROMPT))
+            await eventually(lambda decode=decode, one=one: decode.requests and one.streams.num_open()["d"])
+            lose(one)
+            assert await work == expected(PROMPT, 8)
+
+
+class AlwaysFails(Scripted):
+    async def serve(self, request: Request) -> None:
+        await self.fail(request)
+
+
+class PastDeadline(Scripted):
+    async def serve(self, request: Request) -> None:
+        await self.fail(request, DeadlineExceeded("too late"))
+
+
+async def test_after_enough_failures_the_request_fails(nats_url: str) -> None:
+    async with fleet(nats_url, max_attempts=3) as one:
+        prefill = await one.add("p", "prefill", kind=AlwaysFails)
+        with pytest.raises(InstanceFailed, match="3 instances failed"):
+            await one.generate(PROMPT)
+        assert len(prefill.requests) == 3
+
+
+async def test_a_deadline_that_an_instance_tells_of_ends_the_request(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill", kind=PastDeadline)
+        with pytest.raises(DeadlineExceeded):
+            await one.generate(PROMPT)
+
+
+async def test_the_requests_own_deadline(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        with pytest.raises(DeadlineExceeded):
+            await one.generate(PROMPT, timeout_s=0.3)
+        prefill.answers.clear()
+        await one.add("d", "decode", kind=FallsSilent)
+        with pytest.raises(DeadlineExceeded):
+            await one.generate(PROMPT, timeout_s=0.5)
+
+
+async def test_closing_the_generator_cancels_wherever_the_request_is(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=FallsSilent)
+        tokens = one.generator.generate(PROMPT, SamplingParams(max_tokens=8), request_id="r", deadline=time.time() + 30)
+        async with aclosing(tokens):
+            async for token in tokens:
+                if token.index == 2:
+                    break
+        await eventually(lambda: decode.cancelled == ["r.0"])
+        assert prefill.cancelled == []
+        assert len(one.streams) == 0
+
+
+async def test_a_request_that_is_cancelled_while_it_is_asked_for_is_cancelled_there(nats_url: str) -> None:
+    async with fleet(nats_url, answer_timeout_s=5.0) as one:
+        prefill = await one.add("p", "prefill", None)
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: prefill.requests)
+        work.cancel()
+        await asyncio.wait([work])
+        await eventually(lambda: prefill.cancelled == [prefill.requests[0].request_id])
+
+
+async def test_tokens_of_a_request_that_nobody_has_are_answered_with_a_cancel(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        decode = await one.add("d", "decode")
+        stray = PrefillRequest(
+            request_id="stray.0",
+            gateway_id="g",
+            epoch=1,
+            fingerprint="f",
+            token_ids=PROMPT,
+            num_prompt_tokens=len(PROMPT),
+            sampling=SamplingParams(max_tokens=3),
+        )
+        token = token_of(stray, PROMPT)
+        await decode.tell("tokens", StepTokens(instance_id="d", tokens=[token]))
+        await eventually(lambda: decode.cancelled == ["stray.0"])
