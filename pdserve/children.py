@@ -1,7 +1,7 @@
 """Child processes of `pdserve up`: started, watched, started again when they die, and never left behind.
 
-Two kinds: light services are programs of their own; instances come from a fork server that has torch loaded already, so that
-any number of them starts at once. Both die with this process, however it ends.
+Two kinds: light services are programs of their own; instances come from a fork server that has torch loaded already, so
+that any number of them starts at once. Both die with this process, however it ends.
 """
 
 import ctypes

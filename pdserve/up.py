@@ -1,7 +1,7 @@
 """`pdserve up`: embedded servers, controller, gateway and instances on this machine, until Ctrl-C.
 
-servers -> controller, gateway, instances -> ready -> serve (a child that dies is started again) -> drain, in this order:
-gateway first (it takes no more and ends what it has), then instances, controller, servers
+servers -> controller, gateway, instances -> ready -> serve (a child that dies is started again) -> drain, in this
+order: gateway first (it takes no more and ends what it has), then instances, controller, servers
 """
 
 import os
@@ -78,9 +78,7 @@ def up(wishes: Wishes, folder: Path) -> int:
                 pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=wishes.address, logs=str(logs)
             )
             runfile.write(folder, run)
-            say(
-                f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode, logs in {logs}"
-            )
+            say(f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode; logs: {logs}")
             if _wait_until_ready(wishes, children, asked_to_end, started_at):
                 _say_hello(wishes, time.monotonic() - started_at)
                 _watch(children, asked_to_end)
@@ -123,7 +121,8 @@ def _refuse_second_up(folder: Path) -> None:
     run = runfile.read(folder)
     if run is not None:
         raise SettingsInvalid(
-            f"`pdserve up` runs in this folder already (process {run.pid}, {run.address}): end it, or start in another folder"
+            f"`pdserve up` runs in this folder already (process {run.pid}, {run.address}): "
+            "end it, or start in another folder"
         )
 
 
@@ -132,9 +131,8 @@ def _refuse_port_in_use(host: str, port: int) -> None:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        raise SettingsInvalid(
-            f"{host}:{port} cannot be used ({error.strerror or error}): take another with --port or --host"
-        ) from error
+        why = error.strerror or error
+        raise SettingsInvalid(f"{host}:{port} cannot be used ({why}): take another with --port or --host") from error
 
 
 @contextmanager
@@ -201,15 +199,13 @@ def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, start
             elapsed = time.monotonic() - started_at
             if elapsed - shown >= 5.0:
                 shown = elapsed
-                say(
-                    f"  {elapsed:3.0f} s: {', '.join(sorted({last_words(one.log)[9:] for one in children if isinstance(one, Forked)}))}"
-                )
+                say(f"  {elapsed:3.0f} s: {', '.join(f'{one.name}: {last_words(one.log)}' for one in children)}")
             time.sleep(READY_POLL_S)
     return False
 
 
 def _modules_of(model: str) -> list[str]:
-    """The module of transformers that a local model needs, for the fork server to import while it has nothing else to do."""
+    """The module of transformers that a local model needs, for the fork server to import beforehand."""
     kind = read_object(Path(model) / "config.json").get("model_type")
     return [f"transformers.models.{kind}.modeling_{kind}"] if isinstance(kind, str) else []
 

@@ -10,9 +10,9 @@ MAX_LOGPROBS = 20
 class SamplingParams(BaseModel):
     """Sampling parameters of one request, complete: no field is left to a default of the instance.
 
-    `seed` and the position of a token in its request alone decide the draw, so that a request gives the same text alone,
-    in a batch, and when another instance takes it over. Penalties are OpenAI's (presence, frequency: over generated
-    tokens) and that of CTRL (arXiv 1909.05858; repetition: over prompt and generated tokens).
+    `seed` and the position of a token in its request alone decide the draw, so that a request gives the same text
+    alone, in a batch, and when another instance takes it over. Penalties are OpenAI's (presence, frequency: over
+    generated tokens) and that of CTRL (arXiv 1909.05858; repetition: over prompt and generated tokens).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,7 +1,7 @@
 """Every setting, read once at start from `PDSERVE_*` variables; no other file reads the environment.
 
-A service takes one frozen class. A variable with our prefix that no class knows, or a value out of range, stops the start
-with a sentence that says what to write (`SettingsInvalid`).
+A service takes one frozen class. A variable with our prefix that no class knows, or a value out of range, stops the
+start with a sentence that says what to write (`SettingsInvalid`).
 """
 
 import os

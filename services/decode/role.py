@@ -1,6 +1,7 @@
 """Decode: reserve, accept, fetch the KV in one chunk, decode with the others, tell each gateway once per step.
 
-All blocks that a request can ever need are reserved before it is accepted, so that nothing accepted is ever short of memory.
+All blocks that a request can ever need are reserved before it is accepted, so that nothing accepted is ever short of
+memory.
 """
 
 from collections import defaultdict

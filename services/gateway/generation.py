@@ -2,8 +2,8 @@
 
     wait for a prefill instance -> first token and lease -> wait for a decode instance -> tokens
 
-An attempt that an instance fails is followed by another that prefills the prompt and all tokens so far, so the client sees one
-unbroken stream. Draws depend on seed and position alone, so it is also the stream that it would have been.
+An attempt that an instance fails is followed by another that prefills the prompt and all tokens so far, so the client
+sees one unbroken stream. Draws depend on seed and position alone, so it is also the stream that it would have been.
 """
 
 import logging
@@ -59,7 +59,8 @@ class Generator:
     async def generate(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
     ) -> AsyncGenerator[OutputToken, None]:
-        """The tokens, one after another; the last has a finish reason. Closing the generator cancels the request everywhere.
+        """The tokens, one after another; the last has a finish reason. Closing the generator cancels the request
+        everywhere.
 
         Args:
             request_id: unique among this gateway's open requests.

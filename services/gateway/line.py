@@ -1,7 +1,8 @@
 """The line in which requests wait for a slot of one role, first come, first served.
 
-Only the head of the line asks: one candidate after another, until one accepts. When all refuse it waits for a hint that a slot
-may be free, or a moment, and asks again. So a full system hears a few questions at a time, however long the line is.
+Only the head of the line asks: one candidate after another, until one accepts. When all refuse it waits for a hint that
+a slot may be free, or a moment, and asks again. So a full system hears a few questions at a time, however long the line
+is.
 """
 
 import asyncio
@@ -120,7 +121,7 @@ class Line:
             await self._wait_for_hint()
 
     async def _ask(self, instance: InstanceRecord, request: PrefillRequest | DecodeRequest, deadline: float) -> bool:
-        """Whether the instance accepts. One whose answer nobody waits for any more is told to cancel: it may have accepted."""
+        """Whether the instance accepts. One whose answer is not waited for any more may have: it is told to cancel."""
         subject = subjects.instance(instance.id, self._role)
         try:
             answer = await self._bus.request(

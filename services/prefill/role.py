@@ -53,7 +53,7 @@ class PrefillRole(Role):
                 await self._finish(held, token)
 
     async def _finish(self, held: Held, token: NewToken) -> None:
-        """The prompt is done: the token goes out at once; its KV waits for a decode instance unless the request has ended."""
+        """The prompt is done: the token goes out at once; the KV waits to be fetched unless the request has ended."""
         held.in_engine = False
         held.span.add_event("first token")
         lease = self._lease(held) if token.finish_reason is None else None

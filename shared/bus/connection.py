@@ -1,7 +1,7 @@
 """One connection to NATS: typed messages, our headers, deadlines, and coming back by itself after a restart.
 
-Owns what travels in headers: the trace context, the time of sending, and a request's absolute deadline. It does not know
-what messages mean.
+Owns what travels in headers: the trace context, the time of sending, and a request's absolute deadline. It does not
+know what messages mean.
 """
 
 import asyncio
@@ -143,7 +143,8 @@ class Bus:
         payload = message.model_dump_json().encode()
         if len(payload) > self.max_payload:
             raise InvalidRequest(
-                f"the request takes {len(payload)} bytes on the bus, whose limit is {self.max_payload}: raise max_payload of NATS"
+                f"the request takes {len(payload)} bytes on the bus, whose limit is {self.max_payload}: "
+                "raise max_payload of NATS"
             )
         try:
             msg = await self._client.request(subject, payload, timeout=timeout_s, headers=_headers(deadline))

@@ -1,6 +1,7 @@
 """Every message on the bus, version 1. Requests to instances come first, then what instances tell a gateway.
 
-The public request API has its own messages beside these, at the end. `docs/protocol.md` says how they follow each other.
+The public request API has its own messages beside these, at the end. `docs/protocol.md` says how they follow each
+other.
 """
 
 from typing import Annotated, Literal, Self
@@ -26,7 +27,7 @@ class Message(BaseModel):
 
 
 class KVLease(Message):
-    """Where a request's KV waits: `num_tokens` tokens in `num_bytes` bytes at `host:port`, until `expires_at` (Unix seconds)."""
+    """Where a request's KV waits, in `num_bytes` bytes, until `expires_at` (Unix seconds)."""
 
     lease_id: str
     instance_id: str
@@ -113,7 +114,7 @@ class OutputToken(Message):
 
 
 class Prefilled(Message):
-    """Prefill instance to gateway (`prefilled`): the first token, and the lease on its KV unless the request has ended."""
+    """Prefill instance to gateway (`prefilled`): first token, and lease on the KV unless the request has ended."""
 
     instance_id: str
     token: OutputToken

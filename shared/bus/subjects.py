@@ -21,18 +21,19 @@ CONTROLLERS = "controllers"
 def instance(instance_id: str, verb: str) -> str:
     """The subject of one verb of an instance: `prefill`, `decode`, `cancel`, or `gone.<gateway id>` (see `gone`).
 
-    All verbs of an instance arrive over one subscription (`instance(id, ">")`), so a cancel never overtakes its request.
+    All verbs of an instance arrive over one subscription (`instance(id, ">")`), so a cancel never overtakes its
+    request.
     """
     return f"{PREFIX}.instance.{instance_id}.{verb}"
 
 
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request id>`; in order too."""
+    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request id>`."""
     return f"{PREFIX}.gateway.{gateway_id}.{verb}"
 
 
 def gone(key: str) -> str:
-    """The verb under which NATS tells a sender (503, no responders) that nobody listens to the stream that it calls `key`."""
+    """The verb under which NATS tells a sender (503, no responders) that nobody listens to its stream `key`."""
     return f"gone.{key}"
 
 

@@ -1,1 +1,1 @@
-"""An instance: one process with one loaded model that plays a role. What each role does is in services/<role>/role.py."""
+"""An instance: one process, one loaded model, one role at a time. What a role does is in services/<role>/role.py."""

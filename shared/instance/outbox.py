@@ -10,7 +10,7 @@ from shared.errors import ErrorBody, RequestError
 
 
 class Outbox:
-    """Sends events to gateways. A gateway that nobody is any more shows up as the instance's own verb `gone.<gateway>`."""
+    """Sends events to gateways. A gateway that is no more shows up as our own verb `gone.<gateway>`."""
 
     def __init__(self, bus: Bus, instance_id: str) -> None:
         self._bus = bus

@@ -181,11 +181,12 @@ def max_model_len(settings: InstanceSettings, loaded: LoadedModel, num_blocks: i
     capacity = num_blocks * loaded.layout.block_size
     if wish > loaded.max_position_embeddings:
         raise ModelRefused(
-            f"PDSERVE_MAX_MODEL_LEN={wish} is over the {loaded.max_position_embeddings} positions of {settings.model}: lower it"
+            f"PDSERVE_MAX_MODEL_LEN={wish} is over the {loaded.max_position_embeddings} positions of {settings.model}: "
+            "lower it"
         )
     if wish > capacity or capacity < loaded.layout.block_size:
         raise ModelRefused(
-            f"the KV pool holds {capacity} tokens, fewer than one request of {wish or 'any length'}: raise PDSERVE_KV_POOL_BYTES "
-            f"(a token takes {loaded.layout.block_bytes // loaded.layout.block_size} bytes) or lower PDSERVE_MAX_MODEL_LEN"
+            f"the KV pool holds {capacity} tokens, fewer than one request of {wish or 'any length'}: "
+            f"raise PDSERVE_KV_POOL_BYTES (a token takes {loaded.layout.block_bytes // loaded.layout.block_size} bytes) or lower PDSERVE_MAX_MODEL_LEN"
         )
     return wish or min(loaded.max_position_embeddings, capacity)

@@ -1,7 +1,8 @@
 """What prefill and decode have in common: requests they hold, and how a request ends, whatever ends it.
 
-A request that an instance has accepted is held by exactly one `Held`. It is let go once: the engine and any transfer are
-done with its blocks before they are free. Everything here runs in the event loop; only the engine has a thread of its own.
+A request that an instance has accepted is held by exactly one `Held`. It is let go once: the engine and any transfer
+are done with its blocks before they are free. Everything here runs in the event loop; only the engine has a thread of
+its own.
 """
 
 import asyncio
@@ -68,7 +69,7 @@ class Held:
 
 
 class Role(ABC):
-    """A role: takes requests on its verb, holds them in slots, and lets them go. Subclasses say what happens in between."""
+    """A role: takes requests on its verb, holds them in slots, lets them go. Subclasses say what happens between."""
 
     verb: ClassVar[str]
 
@@ -170,7 +171,7 @@ class Role(ABC):
     def sequence(
         self, request: InstanceRequest, *, num_tokens: int, num_computed_tokens: int, num_to_generate: int
     ) -> Sequence:
-        """The engine's form of a request, with blocks for `num_tokens` tokens reserved; raises `RequestError` and keeps none."""
+        """The engine's form of a request, with blocks for `num_tokens` tokens; raises `RequestError` and keeps none."""
         parts = self.parts
         blocks = parts.blocks.allocate(parts.loaded.layout.num_blocks(num_tokens))
         assert blocks is not None, "admission has counted the free blocks"

@@ -1,7 +1,8 @@
 """The prefill side of the hand-off: KV held under leases, and the TCP server that lets decode instances fetch it.
 
-A lease has one owner (the request), one end, and is let go exactly once: when its KV was fetched and acknowledged, when the
-request is cancelled, or when its time is over. Never while its bytes are on the wire: a fetch that has begun ends first.
+A lease has one owner (the request), one end, and is let go exactly once: when its KV was fetched and acknowledged, when
+the request is cancelled, or when its time is over. Never while its bytes are on the wire: a fetch that has begun ends
+first.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Lease:
-    """KV that waits: its bytes in order, and what to call once they are no longer needed (`fetched`: by acknowledgement)."""
+    """KV that waits: its bytes in order, and what to call, with whether it was fetched, when it need wait no more."""
 
     lease_id: str
     num_tokens: int
@@ -58,7 +59,7 @@ class KVHolder:
         self._leases[lease.lease_id] = lease
 
     def release(self, lease_id: str, *, fetched: bool = False) -> None:
-        """Ends a lease; without effect where it has ended. One that is on the wire is let go when its transfer is over."""
+        """Ends a lease, if it has not ended. One that is on the wire is let go when its transfer is over."""
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return

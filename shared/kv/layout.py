@@ -20,8 +20,8 @@ class LayerLayout(BaseModel):
 
 
 class KVLayout(BaseModel):
-    """A block holds `block_size` tokens of all layers, block-major: layer after layer, keys [block_size, H, Dk] then values
-    [block_size, H, Dv]. A request's KV is its blocks one after another; the tail of its last block is undefined.
+    """A block holds `block_size` tokens of all layers, block-major: layer after layer, keys [block_size, H, Dk] then
+    values [block_size, H, Dv]. A request's KV is its blocks one after another; the tail of its last block is undefined.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -42,7 +42,9 @@ class FetchRequest(Frame):
 
 
 class KVHeader(Frame):
-    """What follows: `num_bytes` bytes of `num_tokens` tokens with that xxh3-64; or nothing, and the reason in `refused`."""
+    """What follows: `num_bytes` bytes of `num_tokens` tokens with that xxh3-64; or nothing, and the reason in
+    `refused`.
+    """
 
     refused: str | None = None
     num_tokens: int = 0

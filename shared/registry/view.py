@@ -1,4 +1,4 @@
-"""Whose heart still beats: records as a reader has seen them over time. Pure; the caller brings records and the time."""
+"""Whose heart still beats: records as a reader has seen them over time. Pure: the caller brings records and time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -139,11 +139,11 @@ def test_the_last_block_of_handed_over_kv_may_hold_anything(llama_served: Served
 def test_a_request_with_nan_in_its_kv_harms_no_other(llama_served: Served) -> None:
     greedy = params(temperature=0.0)
     engine = llama_served.engine()
-    engine.add(sequence_of(engine, prompt_of(20), greedy, request_id="sick"))
-    engine.add(sequence_of(engine, prompt_of(50), greedy, request_id="well", first_block=30))
+    engine.add(sequence_of(engine, prompt_of(50), greedy, request_id="sick"))
+    engine.add(sequence_of(engine, prompt_of(20), greedy, request_id="well", first_block=30))
     first = {token.request_id: token.token_id for token in engine.step()}
     engine.pool.data[0] = float("nan")
-    assert [first["well"], *ids(run(engine)["well"])] == alone(llama_served, prompt_of(50), greedy)
+    assert [first["well"], *ids(run(engine)["well"])] == alone(llama_served, prompt_of(20), greedy)
 
 
 def test_another_layout_is_a_bug(llama_served: Served) -> None:

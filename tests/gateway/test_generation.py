@@ -1,4 +1,5 @@
-"""One request over scripted instances: its way, and what happens when they refuse, fail, fall silent or lose messages."""
+"""One request over scripted instances: its way, and what happens when they refuse, fail, fall silent or lose messages.
+"""
 
 import asyncio
 import time
