@@ -1,10 +1,8 @@
 """`pdserve status`: what the controller sees."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 from pdserve import runfile
 from shared import settings
@@ -46,31 +44,33 @@ async def ask(nats_url: str) -> Status:
 
 
 def show(status: Status) -> None:
-    console = Console(highlight=False)
+    """Groups, then a line for each instance and gateway."""
     for group in status.groups:
         late = f", {len(group.late)} late" if group.late else ""
-        console.print(
-            f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}"
-        )
-    table = Table("instance", "role", "state", "slots", "blocks free", "epoch", "heartbeat", "pid", "host", box=None)
+        print(f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}")
+    rows = [("INSTANCE", "ROLE", "STATE", "SLOTS", "BLOCKS FREE", "EPOCH", "HEARTBEAT", "PID", "HOST")]
     for one in status.instances:
-        table.add_row(
-            one.id,
-            one.role,
-            "late" if one.late else one.state,
-            f"{one.slots_used}/{one.slots_total}",
-            f"{one.blocks_free}/{one.blocks_total}",
-            str(one.epoch),
-            f"{one.heartbeat_age_s:.1f} s ago",
-            str(one.pid),
-            one.host,
+        rows.append(
+            (
+                one.id,
+                one.role,
+                "late" if one.late else one.state,
+                f"{one.slots_used}/{one.slots_total}",
+                f"{one.blocks_free}/{one.blocks_total}",
+                str(one.epoch),
+                f"{one.heartbeat_age_s:.1f} s",
+                str(one.pid),
+                one.host,
+            )
         )
+    print_table(rows)
     for gateway in status.gateways:
-        table.add_row(
-            gateway.id,
-            "gateway",
-            gateway.address,
-            f"{gateway.open_requests} open",
-            f"{gateway.waiting_requests} waiting",
-        )
-    console.print(table)
+        waits = f"{gateway.open_requests} open requests, {gateway.waiting_requests} waiting"
+        print(f"gateway {gateway.id}: {gateway.address}, {waits}, pid {gateway.pid} on {gateway.host}")
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Rows in columns as wide as they need to be; ids stay whole, to be copied."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

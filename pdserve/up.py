@@ -199,9 +199,16 @@ def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, start
             elapsed = time.monotonic() - started_at
             if elapsed - shown >= 5.0:
                 shown = elapsed
-                say(f"  {elapsed:3.0f} s: {', '.join(f'{one.name}: {last_words(one.log)}' for one in children)}")
+                say(f"  {elapsed:3.0f} s: {_progress(children)}")
             time.sleep(READY_POLL_S)
     return False
+
+
+def _progress(children: list[Child]) -> str:
+    """What each instance said last, without time and module."""
+    return "; ".join(
+        f"{one.name}: {last_words(one.log).split(': ', 1)[-1]}" for one in children if isinstance(one, Forked)
+    )
 
 
 def _modules_of(model: str) -> list[str]:

@@ -1,9 +1,8 @@
-"""`python -m shared.health instance|controller`: whether the service on this host is well, as a container's health
-check.
+"""`python -m shared.health instance|controller`: whether the service on this host is well; a container's health check.
 
 Exits with 0 if it is, and else with 1 and a sentence. It asks where the service's peers would: the registry for an
 instance's record, which lives only as long as its heartbeat, and NATS for the controller. A gateway has /health/ready.
-Imports no torch.
+It imports no torch.
 """
 
 import argparse

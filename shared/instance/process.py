@@ -185,8 +185,9 @@ def max_model_len(settings: InstanceSettings, loaded: LoadedModel, num_blocks: i
             "lower it"
         )
     if wish > capacity or capacity < loaded.layout.block_size:
+        token_bytes = loaded.layout.block_bytes // loaded.layout.block_size
         raise ModelRefused(
-            f"the KV pool holds {capacity} tokens, fewer than one request of {wish or 'any length'}: "
-            f"raise PDSERVE_KV_POOL_BYTES (a token takes {loaded.layout.block_bytes // loaded.layout.block_size} bytes) or lower PDSERVE_MAX_MODEL_LEN"
+            f"the KV pool holds {capacity} tokens, fewer than one request of {wish or 'any length'}: raise "
+            f"PDSERVE_KV_POOL_BYTES (a token takes {token_bytes} bytes) or lower PDSERVE_MAX_MODEL_LEN"
         )
     return wish or min(loaded.max_position_embeddings, capacity)

@@ -24,7 +24,8 @@ def test_for_a_wildcard_it_is_one_of_this_machine_and_no_wildcard() -> None:
 
 
 def test_without_a_route_it_is_this_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holder, "ELSEWHERE", ("255.255.255.255", 9))  # refused at once, as an address without a route is
+    refused_at_once = ("255.255.255.255", 9)  # as an address without a route is
+    monkeypatch.setattr(holder, "ELSEWHERE", refused_at_once)
     assert advertised("0.0.0.0") == socket.gethostname()
 
 
