@@ -22,8 +22,12 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     pip install --find-links /wheels ${PIP_ARGS} -c requirements.lock -r /tmp/requirements.txt && \
     rm /tmp/requirements.txt
 RUN useradd --create-home --uid 10001 pdserve && install -d -o pdserve -g pdserve /cache
-COPY . ./
-RUN rm -r docker && pip install --no-deps --no-build-isolation -e . && python -m compileall -q pdserve services shared
+COPY README.md LICENSE ./
+COPY pdserve pdserve/
+COPY services services/
+COPY shared shared/
+COPY models models/
+RUN pip install --no-deps --no-build-isolation -e . && python -m compileall -q pdserve services shared
 
 USER pdserve
 WORKDIR /home/pdserve

@@ -1,10 +1,13 @@
 """How the next token is chosen: the parameters of one request, as the APIs take them and the engine reads them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_LOGPROBS = 20
+
+FinishReason = Literal["stop", "length"]
+"""Why a request ended: a stop token or stop string, or `max_tokens`."""
 
 
 class SamplingParams(BaseModel):

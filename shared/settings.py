@@ -68,7 +68,7 @@ class GatewaySettings(ModelSettings):
     request_timeout_s: Seconds = 600.0
     ttft_timeout_s: Seconds = 60.0
     """A request that no prefill instance has accepted by then ends with 429."""
-    token_timeout_s: Seconds = 60.0
+    token_timeout_s: Seconds = 120.0
     """An instance that has a request and is silent for so long has failed it."""
     answer_timeout_s: Seconds = 2.0
     """How long an instance may take to accept or refuse."""

@@ -61,8 +61,15 @@ def start_system(tmp_path: Path, servers: Servers) -> Iterator[Callable[..., Sys
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """One system with the model in the repository, shared by all tests that only send it requests."""
+    with running_system(tmp_path_factory.mktemp("system")) as running:
+        yield running
+
+
+@contextmanager
+def running_system(folder: Path, **wishes: object) -> Iterator[System]:
+    """A system that holds nothing in the end, and leaves nothing in Redis; `wishes` as of `System`."""
     with embedded_servers() as servers:
-        running = System(tmp_path_factory.mktemp("system"), servers)
+        running = System(folder, servers, **wishes)  # type: ignore[arg-type]
         try:
             yield running.start()
             running.wait_until_nothing_is_held()

@@ -91,14 +91,15 @@ class System:
         return [self.controller, self.gateway, *self.instances]
 
     def start(self) -> "System":
-        """Starts everything and waits until all instances are ready and known to the gateway."""
+        """Starts everything and waits until it can serve."""
         for child in self.children:
             child.start()
         self.wait_until_ready()
         return self
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: self._all_run() and self._is_ready() and len(self.live()) == len(self.instances))
+        """Waits until the gateway is ready and every instance is known, as the process that it is now."""
+        wait_until(lambda: self._all_run() and self._is_ready() and self._all_are_known())
 
     def stop(self) -> None:
         """Ends everything as `pdserve up` does; nothing may be left."""
@@ -117,8 +118,10 @@ class System:
         return [one for one in self.status().instances if not one.late]
 
     def nothing_is_held(self) -> bool:
-        """Whether every block and slot of every live instance is free."""
-        return all(one.slots_used == 0 and one.blocks_free == one.blocks_total for one in self.live())
+        """Whether all instances are there, and every block and slot is free."""
+        return self._all_are_known() and all(
+            one.slots_used == 0 and one.blocks_free == one.blocks_total for one in self.live()
+        )
 
     def wait_until_nothing_is_held(self) -> None:
         """Waits until that is so and stays so over a few heartbeats."""
@@ -126,18 +129,25 @@ class System:
         time.sleep(3 * HEARTBEAT_S)
         assert self.nothing_is_held()
 
+    def slots_used(self, role: str) -> int:
+        """How many requests the instances of a role hold."""
+        return sum(one.slots_used for one in self.live() if one.role == role)
+
     def instance(self, role: str, number: int = 0) -> Forked:
         return next(one for one in self.instances if one.name == f"{role}-{number}")
 
     def _instance(self, role: str, number: int) -> Forked:
         name = f"{role}-{number}"
-        settings = {**self.settings, "role": role, "threads": 1, "kv_pool_bytes": 2**28}
+        settings = {"kv_pool_bytes": 2**28, **self.settings, "role": role, "threads": 1}
         return Forked(name, role, settings, self.folder / f"{name}.log", self.context)
 
     def _all_run(self) -> bool:
         for child in self.children:
             assert child.exit_code() is None, f"{child.name} ended: {last_words(child.log)}"
         return True
+
+    def _all_are_known(self) -> bool:
+        return {one.pid for one in self.live()} == {one.pid for one in self.instances}
 
     def _is_ready(self) -> bool:
         try:

@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import ErrorBody
 from shared.registry.records import GatewayRecord, InstanceRecord
-from shared.sampling import SamplingParams
+from shared.sampling import FinishReason, SamplingParams
 
-FinishReason = Literal["stop", "length"]
 RefusalReason = Literal[
     "no_slot", "no_blocks", "draining", "wrong_role", "wrong_epoch", "wrong_model", "duplicate", "expired", "invalid"
 ]

@@ -1,13 +1,9 @@
 """A request as the engine sees it, and what comes out of a step."""
 
 from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 
-from shared.sampling import SamplingParams
-
-FinishReason = Literal["stop", "length"]
+from shared.sampling import FinishReason, SamplingParams
 
 
 def num_kv_tokens(num_token_ids: int, num_prompt_tokens: int, max_tokens: int, num_to_generate: int) -> int:

@@ -1,0 +1,163 @@
+"""A client that goes, at whatever point, leaves nothing behind: no slot, no block, nobody's turn in a line.
+
+The requests would go on for minutes if nobody cancelled them: far longer than the tests wait.
+"""
+
+import asyncio
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from shared.settings import DEMO_MODEL
+from tests.conftest import running_system
+from tests.harness import TIMEOUT_S, System, wait_until
+from tests.system.client import (
+    Json,
+    asking,
+    greedy,
+    nats_client,
+    next_message,
+    post,
+    prompt_of,
+    streaming,
+    token_ids,
+)
+
+ENDLESS = 50_000
+LONG_PROMPT = prompt_of(12_000)
+"""Many steps of prefill: there is time to see it and to go."""
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system of one slot each, whose model can go on for very long."""
+    folder = tmp_path_factory.mktemp("narrow")
+    model = folder / "demo"
+    shutil.copytree(DEMO_MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2**17}))
+    settings = {"prefill_slots": 1, "decode_slots": 1, "max_step_tokens": 16, "kv_pool_bytes": 2**30}
+    with running_system(folder, model=str(model), settings=settings) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_held(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    name = "narrow" if "narrow" in request.fixturenames else "system"
+    running: System = request.getfixturevalue(name)
+    running.wait_until_nothing_is_held()
+    assert waiting(running) == 0
+    assert len(token_ids(post(running.url, greedy("def main():", 8)))) == 8
+
+
+def waiting(system: System) -> int:
+    """How many requests stand in the gateway's line for prefill."""
+    return sum(one.waiting_requests for one in system.status().gateways)
+
+
+def test_while_tokens_stream(narrow: System) -> None:
+    with streaming(narrow.url, greedy("x", ENDLESS)) as answer:
+        answer.read(10)
+
+
+def test_before_the_first_token(narrow: System) -> None:
+    with asking(narrow.url, greedy(LONG_PROMPT, ENDLESS, stream=True)):
+        wait_until(lambda: narrow.slots_used("prefill") == 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_in_the_line_for_prefill(narrow: System, stream: bool) -> None:
+    with asking(narrow.url, greedy(LONG_PROMPT, ENDLESS)):
+        wait_until(lambda: narrow.slots_used("prefill") == 1)
+        with asking(narrow.url, greedy("y", ENDLESS, stream=stream)):
+            wait_until(lambda: waiting(narrow) == 1)
+        wait_until(lambda: waiting(narrow) == 0)
+
+
+def test_in_the_line_for_decode(narrow: System) -> None:
+    with streaming(narrow.url, greedy("x", ENDLESS)) as first:
+        first.read(10)
+        with streaming(narrow.url, greedy("y", ENDLESS)) as second:
+            second.read(1)
+            wait_until(lambda: narrow.slots_used("prefill") == 1)
+        wait_until(lambda: narrow.slots_used("prefill") == 0)
+        assert narrow.slots_used("decode") == 1
+        first.read(len(first.token_ids) + 1)
+
+
+def test_an_answer_that_is_not_streamed(narrow: System) -> None:
+    with asking(narrow.url, greedy("x", ENDLESS)):
+        wait_until(lambda: narrow.slots_used("decode") == 1)
+
+
+async def test_by_message(narrow: System) -> None:
+    async with nats_client(narrow.nats_url) as client:
+        answer = await client.send({"id": "mine", "prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True})
+        assert (await next_message(answer))["type"] == "chunk"
+        for request_id in ("nobody's", "mine", "mine"):
+            await client.connection.publish("pdserve.v1.cancel", json.dumps({"id": request_id}).encode())
+        message: Json = {"type": "chunk"}
+        while message["type"] == "chunk":
+            message = await next_message(answer)
+        assert message["type"] == "error"
+        assert message["error"]["code"] == "cancelled"  # type: ignore[index]
+        await asyncio.to_thread(narrow.wait_until_nothing_is_held)
+        assert answer.pending_msgs == 0, "something follows the terminal message"
+
+
+async def test_an_inbox_that_is_gone(narrow: System) -> None:
+    async with nats_client(narrow.nats_url) as client:
+        answer = await client.send({"prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True})
+        await next_message(answer)
+        await answer.unsubscribe()
+        await asyncio.to_thread(narrow.wait_until_nothing_is_held)
+
+
+async def test_many_while_their_kv_is_on_its_way(system: System) -> None:
+    """The first token has come, so the KV is about to be fetched, is on the wire, or has just arrived."""
+
+    async def go_after_the_first_token(client: httpx.AsyncClient, number: int) -> None:
+        request = greedy(prompt_of(3000, number), 1000, stream=True)
+        async with client.stream("POST", "/v1/completions", json=request) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line:
+                    break
+
+    async with async_client(system) as client, asyncio.TaskGroup() as tasks:
+        for number in range(12):
+            tasks.create_task(go_after_the_first_token(client, number))
+
+
+async def test_a_burst_at_random_moments(system: System) -> None:
+    request = greedy(prompt_of(100), 50)
+    expected = token_ids(await asyncio.to_thread(post, system.url, request))
+    dice = random.Random(8408)
+
+    async def go_sometime(client: httpx.AsyncClient) -> None:
+        prompt = prompt_of(dice.choice([1, 16, 100, 700, 2000]), dice.randrange(3000))
+        request = greedy(prompt, dice.choice([1, 30, 1500]), stream=dice.random() < 0.7)
+        patience_s = dice.choice([0.0, dice.uniform(0.0, 0.2), dice.uniform(0.0, 3.0)])
+        try:
+            async with asyncio.timeout(patience_s):
+                response = await client.post("/v1/completions", json=request)
+                assert response.status_code == 200
+        except TimeoutError:
+            pass
+
+    async with async_client(system) as client, asyncio.TaskGroup() as tasks:
+        for _ in range(40):
+            tasks.create_task(go_sometime(client))
+    await asyncio.to_thread(system.wait_until_nothing_is_held)
+    assert token_ids(await asyncio.to_thread(post, system.url, request)) == expected
+
+
+def async_client(system: System) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=system.url, timeout=TIMEOUT_S, trust_env=False, limits=limits)
