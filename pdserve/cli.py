@@ -6,7 +6,6 @@ from pathlib import Path
 
 from shared import __version__
 from shared.errors import PDServeError
-from shared.settings import DEMO_MODEL
 
 
 def main() -> None:
@@ -32,17 +31,14 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     up = commands.add_parser("up", help="start everything on this machine and serve until Ctrl-C")
     up.add_argument(
         "--model",
-        default=DEMO_MODEL,
         help="a folder or the id of a model on the hub (default: the demonstration model)",
     )
     up.add_argument("--model-name", help="the name that clients use (default: the last part of --model)")
     up.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill instances (default 1)")
     up.add_argument("--decode", type=_count, default=1, metavar="N", help="decode instances (default 1)")
-    up.add_argument("--host", default="127.0.0.1", help="address of the HTTP API (default 127.0.0.1)")
-    up.add_argument("--port", type=_port, default=8000, help="port of the HTTP API (default 8000)")
-    up.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and KV (default float32)"
-    )
+    up.add_argument("--host", help="address of the HTTP API (default 127.0.0.1)")
+    up.add_argument("--port", type=_port, help="port of the HTTP API (default 8000)")
+    up.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and KV (default float32)")
     up.add_argument(
         "--max-model-len", type=_count, help="longest request in tokens, prompt and answer (default: the model's)"
     )
@@ -75,22 +71,12 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _run_up(arguments: argparse.Namespace) -> int:
     from pdserve.up import Wishes, up
 
-    return up(
-        Wishes(
-            model=arguments.model,
-            model_name=arguments.model_name,
-            num_prefill=arguments.prefill,
-            num_decode=arguments.decode,
-            host=arguments.host,
-            port=arguments.port,
-            dtype=arguments.dtype,
-            max_model_len=arguments.max_model_len,
-            threads=arguments.threads,
-            nats_url=arguments.nats,
-            redis_url=arguments.redis,
-        ),
-        Path.cwd(),
-    )
+    model = _given(model=arguments.model, model_name=arguments.model_name)
+    servers = _given(nats_url=arguments.nats, redis_url=arguments.redis)
+    gateway = _given(http_host=arguments.host, http_port=arguments.port)
+    instance = _given(dtype=arguments.dtype, max_model_len=arguments.max_model_len, threads=arguments.threads)
+    wishes = Wishes(arguments.prefill, arguments.decode, gateway | model | servers, instance | model | servers)
+    return up(wishes, Path.cwd())
 
 
 def _run_status(arguments: argparse.Namespace) -> int:
@@ -105,6 +91,11 @@ def _run_chat(arguments: argparse.Namespace) -> int:
     return talk(
         Talk(arguments.url, arguments.api_key, arguments.model, arguments.max_tokens, arguments.temperature), Path.cwd()
     )
+
+
+def _given(**options: object) -> dict[str, object]:
+    """The options that the command line has; the environment and the defaults decide about the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _count(text: str) -> int:

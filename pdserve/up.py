@@ -4,6 +4,7 @@ servers -> controller, gateway, instances -> ready -> serve (a child that dies i
 order: gateway first (it takes no more and ends what it has), then instances, controller, servers
 """
 
+import asyncio
 import os
 import shutil
 import signal
@@ -21,13 +22,16 @@ from pdserve import runfile
 from pdserve.children import Child, Forked, Program, fork_server, last_words, wait_for_exit
 from pdserve.servers import Servers
 from shared import settings
+from shared.bus import connection
 from shared.errors import PDServeError, SettingsInvalid
-from shared.settings import ModelSettings
+from shared.registry import registry
+from shared.settings import GatewaySettings, InstanceSettings
 from shared.text.files import read_object
 
+SERVERS_TIMEOUT_S = 3.0
 READY_POLL_S = 0.05
 WATCH_S = 0.2
-DRAIN_S = 15.0
+KILL_AFTER_S = 5.0
 QUICK_DEATH_S = 5.0
 MAX_PAUSE_S = 10.0
 
@@ -38,53 +42,47 @@ class StartFailed(PDServeError):
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the command line asks for."""
+    """What the command line asks for; settings by field name, only those that it gives."""
 
-    model: str
-    model_name: str | None
     num_prefill: int
     num_decode: int
-    host: str
-    port: int
-    dtype: str
-    max_model_len: int | None
-    threads: int | None
-    nats_url: str | None
-    redis_url: str | None
-
-    @property
-    def address(self) -> str:
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+    gateway: dict[str, object]
+    instance: dict[str, object]
 
 
 def up(wishes: Wishes, folder: Path) -> int:
     """Serves until SIGINT or SIGTERM; the exit code."""
     asked_to_end = _listen_for_signals()
+    gateway = settings.load(GatewaySettings, **wishes.gateway)
+    settings.load(InstanceSettings, **wishes.instance)  # to refuse now what instances would refuse
     _refuse_second_up(folder)
-    _refuse_port_in_use(wishes.host, wishes.port)
+    _refuse_port_in_use(gateway.http_host, gateway.http_port)
     started_at = time.monotonic()
     with _scratch(folder) as (logs, scratch):
         servers = Servers(scratch)
         children: list[Child] = []
         try:
-            nats_url = wishes.nats_url or settings.given("nats_url") or servers.start_nats()
-            redis_url = wishes.redis_url or settings.given("redis_url") or servers.start_redis()
+            given = gateway.model_fields_set
+            nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats()
+            redis_url = gateway.redis_url if "redis_url" in given else servers.start_redis()
+            asyncio.run(_refuse_absent_servers(nats_url, redis_url))
             say(f"NATS at {nats_url}, Redis at {redis_url}")
-            children = _children(wishes, nats_url, redis_url, logs)
+            children = _children(wishes, gateway, {"nats_url": nats_url, "redis_url": redis_url}, logs)
             for child in children:
                 child.start()
             run = runfile.RunFile(
-                pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=wishes.address, logs=str(logs)
+                pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=gateway.local_address, logs=str(logs)
             )
             runfile.write(folder, run)
-            say(f"loading {wishes.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode; logs: {logs}")
-            if _wait_until_ready(wishes, children, asked_to_end, started_at):
-                _say_hello(wishes, time.monotonic() - started_at)
+            say(
+                f"loading {gateway.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode; logs: {logs}"
+            )
+            if _wait_until_ready(gateway, children, asked_to_end, started_at):
+                _say_hello(gateway, time.monotonic() - started_at)
                 _watch(children, asked_to_end)
             say("draining (Ctrl-C again to end at once)")
         finally:
-            _end(children, asked_to_end)
+            _end(children, asked_to_end, gateway.drain_timeout_s + KILL_AFTER_S)
             servers.stop()
             runfile.remove(folder)
     say("ended")
@@ -135,6 +133,15 @@ def _refuse_port_in_use(host: str, port: int) -> None:
         raise SettingsInvalid(f"{host}:{port} cannot be used ({why}): take another with --port or --host") from error
 
 
+async def _refuse_absent_servers(nats_url: str, redis_url: str) -> None:
+    """Raises `BusUnavailable` or `RegistryUnavailable` before anything waits for servers that are not there."""
+    async with (
+        connection.connect(nats_url, name="pdserve-up", timeout_s=SERVERS_TIMEOUT_S),
+        registry.connect(redis_url, ttl_s=1.0, timeout_s=SERVERS_TIMEOUT_S),
+    ):
+        pass
+
+
 @contextmanager
 def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
     """A folder for logs, which stays, and one for sockets and such, whose path is short and which goes."""
@@ -150,19 +157,13 @@ def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield logs, Path(scratch)
 
 
-def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path) -> list[Child]:
+def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object], logs: Path) -> list[Child]:
     """All services, in the order in which they start; they end in the order of `_end`."""
-    everywhere = {"nats_url": nats_url, "redis_url": redis_url}
-    model = {**everywhere, "model": wishes.model, "model_name": wishes.model_name}
     num_instances = wishes.num_prefill + wishes.num_decode
-    instance = {
-        **model,
-        "dtype": wishes.dtype,
-        "threads": wishes.threads or max(1, (os.cpu_count() or 1) // num_instances),
-        "max_model_len": wishes.max_model_len or 0,
-    }
+    threads = max(1, (os.cpu_count() or 1) // num_instances)
+    instance = {"threads": threads, **wishes.instance, **urls}
     settings.tame_threads()
-    context = fork_server(_modules_of(wishes.model))
+    context = fork_server(_modules_of(gateway.model))
     instances: list[Child] = [
         Forked(f"{role}-{number}", role, {**instance, "role": role}, logs / f"{role}-{number}.log", context)
         for role, count in (("prefill", wishes.num_prefill), ("decode", wishes.num_decode))
@@ -170,17 +171,12 @@ def _children(wishes: Wishes, nats_url: str, redis_url: str, logs: Path) -> list
     ]
     return [
         *instances,
-        Program(
-            "gateway",
-            "services.gateway",
-            {**model, "http_host": wishes.host, "http_port": wishes.port},
-            logs / "gateway.log",
-        ),
-        Program("controller", "services.controller", everywhere, logs / "controller.log"),
+        Program("gateway", "services.gateway", {**wishes.gateway, **urls}, logs / "gateway.log"),
+        Program("controller", "services.controller", urls, logs / "controller.log"),
     ]
 
 
-def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, started_at: float) -> bool:
+def _wait_until_ready(gateway: GatewaySettings, children: list[Child], asked: Asked, started_at: float) -> bool:
     """Whether a request can be served now; False if we were asked to end first."""
     shown = 0.0
     with httpx.Client(trust_env=False, timeout=2.0) as client:
@@ -191,7 +187,7 @@ def _wait_until_ready(wishes: Wishes, children: list[Child], asked: Asked, start
                         f"{child.name} ended before it could serve: {last_words(child.log)} (log: {child.log})"
                     )
             try:
-                answer = client.get(f"{wishes.address}/health/ready")
+                answer = client.get(f"{gateway.local_address}/health/ready")
                 if answer.status_code == 200:
                     return True
             except httpx.TransportError:
@@ -217,11 +213,12 @@ def _modules_of(model: str) -> list[str]:
     return [f"transformers.models.{kind}.modeling_{kind}"] if isinstance(kind, str) else []
 
 
-def _say_hello(wishes: Wishes, elapsed_s: float) -> None:
-    name = ModelSettings(model=wishes.model, model_name=wishes.model_name).served_model_name
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What does os.path.join do?"}}]}}'
-    say(f"ready in {elapsed_s:.1f} s at {wishes.address} (OpenAI's API under /v1). Try:\n")
-    say(f"  curl {wishes.address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
+def _say_hello(gateway: GatewaySettings, elapsed_s: float) -> None:
+    address = gateway.local_address
+    question = '[{"role": "user", "content": "What does os.path.join do?"}]'
+    body = f'{{"model": "{gateway.served_model_name}", "messages": {question}}}'
+    say(f"ready in {elapsed_s:.1f} s at {address} (OpenAI's API under /v1). Try:\n")
+    say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     say("or, in this folder: pdserve chat, pdserve status. Ctrl-C ends.")
 
 
@@ -246,7 +243,7 @@ def _watch(children: list[Child], asked: Asked) -> None:
         time.sleep(WATCH_S)
 
 
-def _end(children: list[Child], asked: Asked) -> None:
+def _end(children: list[Child], asked: Asked, patience_s: float) -> None:
     """Ends children, the gateway first so that it can end what it has with the instances still there."""
     waves: list[list[Child]] = [
         [child for child in children if child.name == "gateway"],
@@ -257,7 +254,7 @@ def _end(children: list[Child], asked: Asked) -> None:
         for child in wave:
             child.terminate()
         asked_before = asked.times
-        end = time.monotonic() + DRAIN_S
+        end = time.monotonic() + patience_s
         while (alive := wait_for_exit(wave, 0.1)) and time.monotonic() < end and asked.times <= max(asked_before, 1):
             pass
         for child in alive:

@@ -4,6 +4,7 @@ A service takes one frozen class. A variable with our prefix that no class knows
 start with a sentence that says what to write (`SettingsInvalid`).
 """
 
+import difflib
 import os
 import re
 import socket
@@ -80,6 +81,12 @@ class GatewaySettings(ModelSettings):
     """How many requests may wait in this gateway for a slot; one more is refused with 429."""
 
     @property
+    def local_address(self) -> str:
+        """Where a client on this machine finds the HTTP API."""
+        host = "127.0.0.1" if self.http_host in ("0.0.0.0", "::") else self.http_host
+        return f"http://{host}:{self.http_port}"
+
+    @property
     def api_key_set(self) -> frozenset[str]:
         return frozenset(key.strip() for key in self.api_keys.split(",") if key.strip())
 
@@ -135,7 +142,9 @@ def refuse_unknown(environment: Mapping[str, str]) -> None:
     known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields}
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise SettingsInvalid(f"{name} is no setting of pdserve. Known are: {', '.join(sorted(known))}.")
+            near = difflib.get_close_matches(name.upper(), known, n=3)
+            meant = f"did you mean {' or '.join(near)}?" if near else "docs/operations.md has them all."
+            raise SettingsInvalid(f"{name} is no setting of pdserve: {meant}")
 
 
 def environment_of(settings: Mapping[str, object]) -> dict[str, str]:

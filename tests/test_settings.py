@@ -23,7 +23,7 @@ def test_a_setting_of_another_service_is_no_error(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("PDSERVE_HTPP_PORT", "1", "PDSERVE_HTPP_PORT is no setting of pdserve. Known are: .*PDSERVE_HTTP_PORT"),
+        ("PDSERVE_HTPP_PORT", "1", "PDSERVE_HTPP_PORT is no setting of pdserve: did you mean PDSERVE_HTTP_PORT"),
         ("PDSERVE_HTTP_PORT", "many", "PDSERVE_HTTP_PORT='many' cannot be used: .*integer"),
         ("PDSERVE_HTTP_PORT", "70000", "less than or equal to 65535"),
         ("PDSERVE_HEARTBEAT_S", "-1", "PDSERVE_HEARTBEAT_S='-1' cannot be used"),

@@ -4,8 +4,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from shared.bus.messages import FinishReason, OutputToken, TokenLogprobs
+from shared.bus.messages import OutputToken, TokenLogprobs
 from shared.errors import InstanceFailed
+from shared.sampling import FinishReason
 from shared.text.detokenizer import Detokenizer
 from shared.text.stop_strings import StopStrings
 

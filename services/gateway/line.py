@@ -16,7 +16,7 @@ from services.gateway import policy
 from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest
-from shared.errors import NoInstance, Overloaded, PeerUnavailable
+from shared.errors import InstanceFailed, NoInstance, Overloaded, PeerUnavailable
 from shared.registry.records import InstanceRecord, Role
 
 ASK_AGAIN_S = 0.02
@@ -135,6 +135,8 @@ class Line:
         except asyncio.CancelledError:
             await self._cancel(instance.id, request.request_id)
             raise
+        if answer.reason == "invalid":
+            raise InstanceFailed(f"{instance.id} cannot read this request: do gateway and instances run one version?")
         return answer.accepted
 
     def _is_answering(self, instance: InstanceRecord) -> bool:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from services.gateway.completion import complete
 from services.gateway.metrics import ChoiceTimer
 from services.gateway.openai.context import ApiContext
+from services.gateway.openai.errors import InternalError
 from services.gateway.openai.sampling import check_prompt, sampling_params
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import (
     ApiMessage,
     CancelGenerate,
-    FinishReason,
     GenerateChunk,
     GenerateDone,
     GenerateFailed,
@@ -27,7 +27,7 @@ from shared.bus.messages import (
     GenerateUsage,
 )
 from shared.errors import Cancelled, InvalidRequest, ModelNotFound, RequestError
-from shared.sampling import SamplingParams
+from shared.sampling import FinishReason, SamplingParams
 
 ENDPOINT = "nats"
 UNKNOWN_ID = "-"
@@ -113,6 +113,11 @@ class NatsApi:
         except RequestError as error:
             code = error.code
             await self._fail(answering, error)
+        except Exception:
+            log.exception("request %s met a fault of this program", answering.id)
+            failure = InternalError("the gateway failed at this request; its log says why")
+            code = failure.code
+            await self._fail(answering, failure)
         except asyncio.CancelledError:
             why = answering.ended_by or Cancelled("the gateway is ending: send the request again")
             code = why.code

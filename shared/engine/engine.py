@@ -7,7 +7,8 @@ from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.sampler import Choice, sample
 from shared.engine.scheduler import schedule
-from shared.engine.sequence import FinishReason, NewToken, Sequence
+from shared.engine.sequence import NewToken, Sequence
+from shared.sampling import FinishReason
 
 
 class Engine:

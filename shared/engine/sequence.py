@@ -1,6 +1,7 @@
 """A request as the engine sees it, and what comes out of a step."""
 
 from dataclasses import dataclass, field
+
 import torch
 
 from shared.sampling import FinishReason, SamplingParams

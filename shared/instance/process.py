@@ -144,8 +144,14 @@ class Instance:
             await self.role.handle(verb, key, incoming)
         except RequestError as error:
             log.warning("refused a message on %s: %s", incoming.subject, error.message)
-            if incoming.reply_to:
-                await incoming.respond(Answer(accepted=False, reason="invalid"))
+            await self._refuse(incoming)
+        except Exception:
+            log.exception("a message on %s met a fault of this program", incoming.subject)
+            await self._refuse(incoming)
+
+    async def _refuse(self, incoming: Incoming) -> None:
+        if incoming.reply_to:
+            await incoming.respond(Answer(accepted=False, reason="invalid"))
 
     async def _tell_tokens(self) -> None:
         """Passes on what the engine generates, step by step, so that the order of tokens stays."""

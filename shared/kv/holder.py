@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from shared.errors import TransferFailed
+from shared.errors import SettingsInvalid, TransferFailed
 from shared.kv import wire
 from shared.kv.layout import KVLayout
 
@@ -153,7 +153,12 @@ class KVHolder:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    server = socket.create_server((host, port), backlog=128)
+    try:
+        server = socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise SettingsInvalid(
+            f"{host}:{port} cannot be used for KV ({error.strerror}): set PDSERVE_KV_HOST and PDSERVE_KV_PORT"
+        ) from error
     server.setblocking(False)
     return server
 

@@ -154,7 +154,7 @@ async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T
 async def _raise_on_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    return
+    raise Cancelled("The client went before its answer was complete.")
 
 
 def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:

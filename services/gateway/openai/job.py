@@ -8,9 +8,9 @@ from services.gateway.completion import TextDelta
 from services.gateway.openai.context import ApiContext
 from services.gateway.openai.sampling import check_prompt, choice_seed, sampling_params
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
-from shared.bus.messages import FinishReason, TokenLogprobs
+from shared.bus.messages import TokenLogprobs
 from shared.errors import InvalidRequest, ModelNotFound
-from shared.sampling import SamplingParams
+from shared.sampling import FinishReason, SamplingParams
 
 Json = dict[str, object]
 

@@ -24,7 +24,14 @@ MODEL = "demo"
 async def serving(api: ApiContext) -> AsyncIterator[int]:
     """The API on a real server; gives its port."""
     server = uvicorn.Server(
-        uvicorn.Config(create_app(api), port=0, log_level="critical", lifespan="off", server_header=False)
+        uvicorn.Config(
+            create_app(api),
+            port=0,
+            log_level="critical",
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
     )
     task = asyncio.create_task(server.serve())
     await eventually(lambda: server.started)
