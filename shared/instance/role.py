@@ -25,6 +25,7 @@ from shared.engine.pool import KVPool
 from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
+from shared.instance.admission import InstanceFacts, RequestFacts, refusal
 from shared.instance.outbox import Outbox
 from shared.kv.holder import KVHolder
 from shared.settings import InstanceSettings
@@ -220,48 +221,6 @@ class Role(ABC):
             self.parts.holder.release(held.request_id)
         else:
             self.forget(held)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What admission looks at in a request."""
-
-    epoch: int
-    fingerprint: str
-    num_blocks: int
-    is_held: bool
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceFacts:
-    """What admission looks at in an instance."""
-
-    epoch: int
-    fingerprint: str
-    draining: bool
-    slots_free: int
-    blocks_free: int
-    now: float
-
-
-def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | None:
-    """The admission policy: why the instance refuses the request, or None where it accepts."""
-    if instance.draining:
-        return "draining"
-    if request.epoch != instance.epoch:
-        return "wrong_epoch"
-    if request.fingerprint != instance.fingerprint:
-        return "wrong_model"
-    if request.is_held:
-        return "duplicate"
-    if request.deadline <= instance.now:
-        return "expired"
-    if instance.slots_free < 1:
-        return "no_slot"
-    if request.num_blocks > instance.blocks_free:
-        return "no_blocks"
-    return None
 
 
 def find_role(name: str) -> type[Role]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from shared.bus.messages import RefusalReason
-from shared.instance.role import InstanceFacts, RequestFacts, refusal
+from shared.instance.admission import InstanceFacts, RequestFacts, refusal
 
 REQUEST = RequestFacts(epoch=1, fingerprint="f", num_blocks=4, is_held=False, deadline=100.0)
 INSTANCE = InstanceFacts(epoch=1, fingerprint="f", draining=False, slots_free=1, blocks_free=4, now=50.0)
