@@ -1,1 +1,1 @@
-"""Benchmarks: each prints what it measured, beside what it compares with, from one run. See README.md in this folder."""
+"""Benchmarks: each prints what it measured beside what it compares with, from one run (README.md here)."""

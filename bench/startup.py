@@ -2,9 +2,9 @@
 
     .venv/bin/python -m bench.startup [--rounds 3]
 
-Each round starts `pdserve up` in an empty folder and waits for the first token of a first request; the bound is 8 s. Memory
-is the resident set of each process after that, read from /proc; the bound on gateway and controller is 120 MB each. The
-first round may read files from disk that later ones find in memory.
+Each round starts `pdserve up` in an empty folder and waits for the first token of a first request; the bound is 8 s.
+Memory is the resident set of each process after that, read from /proc; the bound on gateway and controller is 120 MB
+each. The first round may read files from disk that later ones find in memory.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def memory_mb(running: Running) -> dict[str, float]:
     """Resident set of each service, by its kind."""
     status = asyncio.run(ask(running.nats_url))
     found = {one.role: _resident_mb(one.pid) for one in status.instances}
-    found |= {"gateway": _resident_mb(one.pid) for one in status.gateways}
+    for gateway in status.gateways:
+        found["gateway"] = _resident_mb(gateway.pid)
     for folder in Path("/proc").glob("[0-9]*"):
         if b"services.controller" in (folder / "cmdline").read_bytes() and status.controller:
             found["controller"] = _resident_mb(int(folder.name))

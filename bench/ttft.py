@@ -2,10 +2,10 @@
 
     .venv/bin/python -m bench.ttft [--model FOLDER] [--rounds 30]
 
-One request at a time. For each prompt length the two take turns: the engine in this process computes the prompt (a step or
-more, with sampling of the first token), then the same prompt goes to a running pdserve as a streaming completion, and the
-clock stops at the first event with a token. Both use one thread. Reported are medians, and the median and the 95th
-percentile of the difference; the bound of 15 ms is on the median difference.
+One request at a time. For each prompt length the two take turns: the engine in this process computes the prompt (a step
+or more, with sampling of the first token), then the same prompt goes to a running pdserve as a streaming completion,
+and the clock stops at the first event with a token. Both use one thread. Reported are medians, and the median and the
+95th percentile of the difference; the bound of 15 ms is on the median difference.
 """
 
 import argparse

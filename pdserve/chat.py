@@ -8,10 +8,14 @@ from pathlib import Path
 import httpx
 
 from pdserve import runfile
-from shared.errors import NoInstance, RequestError
+from shared.errors import PDServeError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 HELP = "Write, and Enter. /new starts afresh, Ctrl-C stops an answer, Ctrl-D ends."
+
+
+class ApiRefused(PDServeError):
+    """The HTTP API is not there, or says no."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Talk:
 
 
 def talk(wishes: Talk, folder: Path) -> int:
-    """Talks until Ctrl-D. Raises a `RequestError` where the API cannot be reached or refuses the key."""
+    """Talks until Ctrl-D. Raises `ApiRefused` where the API cannot be reached or refuses the key."""
     run = runfile.read(folder)
     url = wishes.url or (run.address if run is not None else DEFAULT_URL)
     headers = {"Authorization": f"Bearer {wishes.api_key}"} if wishes.api_key else {}
@@ -65,7 +69,7 @@ def _print_answer(client: httpx.Client, model: str, messages: list[dict[str, str
             answer += piece
     except KeyboardInterrupt:
         pass
-    except (RequestError, httpx.TransportError) as error:
+    except (ApiRefused, httpx.TransportError) as error:
         print(f"error: {error or type(error).__name__}")
         return ""
     print()
@@ -81,13 +85,13 @@ def _stream(client: httpx.Client, model: str, messages: list[dict[str, str]], wi
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             response.read()
-            raise RequestError(_message(response))
+            raise ApiRefused(_message(response))
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                raise RequestError(event["error"]["message"])
+                raise ApiRefused(event["error"]["message"])
             for choice in event["choices"]:
                 yield choice["delta"].get("content") or ""
 
@@ -96,9 +100,9 @@ def _first_model(client: httpx.Client, url: str) -> str:
     try:
         response = client.get("/v1/models", timeout=5.0)
     except httpx.HTTPError as error:
-        raise NoInstance(f"nothing answers at {url} ({error}): start `pdserve up`, or give --url") from error
+        raise ApiRefused(f"nothing answers at {url} ({error}): start `pdserve up`, or give --url") from error
     if response.status_code != 200:
-        raise RequestError(_message(response))
+        raise ApiRefused(_message(response))
     return str(response.json()["data"][0]["id"])
 
 

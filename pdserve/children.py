@@ -152,4 +152,5 @@ def _run_instance(role: str, settings: dict[str, object], log: str) -> None:
     from shared.instance.process import serve
     from shared.process import run_service
 
+    import faulthandler, signal as _s; faulthandler.register(_s.SIGUSR1, all_threads=True)  # DEBUGTMP
     run_service(InstanceSettings, serve, overrides=settings)

@@ -22,7 +22,10 @@ PDServeError
 
 from typing import ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+MAX_SHOWN_CHARS = 60
 
 
 class ErrorBody(BaseModel):
@@ -47,8 +50,8 @@ class RequestError(PDServeError):
         retry_after_s: seconds after which trying again makes sense, if it does.
     """
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int]
+    code: ClassVar[str]
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -80,6 +83,16 @@ class ModelNotFound(RequestError):
     code = "model_not_found"
 
 
+class PathNotFound(RequestError):
+    status = 404
+    code = "path_not_found"
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
 class BodyTooLarge(RequestError):
     status = 413
     code = "body_too_large"
@@ -93,6 +106,13 @@ class Overloaded(RequestError):
 class Cancelled(RequestError):
     status = 499
     code = "cancelled"
+
+
+class InternalError(RequestError):
+    """A fault of this program, of which a client is told nothing but that it happened."""
+
+    status = 500
+    code = "internal_error"
 
 
 class InstanceFailed(RequestError):
@@ -132,3 +152,25 @@ class ModelRefused(PDServeError):
 
 class SettingsInvalid(PDServeError):
     """A setting is unknown or has a bad value; the message says what to write."""
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first of pydantic's findings, in one sentence that names the field."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if field := first.get("ctx", {}).get("field"):
+        path.append(field)
+    param = ".".join(path)
+    return InvalidRequest(_sentence(first, param), param=param or None)
+
+
+def _sentence(found: ErrorDetails, param: str) -> str:
+    message = found["msg"]
+    if found["type"] == "missing":
+        return f"`{param}` is required."
+    if found["type"] == "request":
+        return f"`{param}` {message}."
+    shown = repr(found["input"])
+    if len(shown) > MAX_SHOWN_CHARS:
+        shown = f"{shown[:MAX_SHOWN_CHARS]}..."
+    return f"`{param}`: {message[0].lower()}{message[1:]}, but it is {shown}."

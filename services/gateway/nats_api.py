@@ -10,11 +10,10 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from services.gateway.api import ApiContext
 from services.gateway.completion import complete
 from services.gateway.metrics import ChoiceTimer
-from services.gateway.openai.context import ApiContext
-from services.gateway.openai.errors import InternalError
-from services.gateway.openai.sampling import check_prompt, sampling_params
+from services.gateway.sampling import check_prompt, sampling_params
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import (
@@ -26,7 +25,7 @@ from shared.bus.messages import (
     GenerateRequest,
     GenerateUsage,
 )
-from shared.errors import Cancelled, InvalidRequest, ModelNotFound, RequestError
+from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFound, RequestError
 from shared.sampling import FinishReason, SamplingParams
 
 ENDPOINT = "nats"

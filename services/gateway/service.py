@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack, contextmanager
 
 import uvicorn
 
+from services.gateway.api import ApiContext
 from services.gateway.generation import Generator
 from services.gateway.instances import Instances
 from services.gateway.line import Line
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.nats_api import NatsApi
 from services.gateway.openai.app import create_app
-from services.gateway.openai.context import ApiContext
 from services.gateway.streams import Streams
 from shared import __version__
 from shared.bus import connection, subjects

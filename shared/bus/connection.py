@@ -19,7 +19,7 @@ from opentelemetry import propagate
 from opentelemetry.context import Context
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable
+from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable, invalid_request
 
 DEADLINE = "Pd-Deadline"
 SENT = "Pd-Sent"
@@ -79,9 +79,7 @@ class Incoming:
         try:
             return kind.model_validate_json(self._msg.data)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InvalidRequest(f"{where}: {first['msg']}" if where else first["msg"], param=where or None) from error
+            raise invalid_request(error) from error
 
     async def respond(self, message: BaseModel) -> None:
         await self._msg.respond(message.model_dump_json().encode())

@@ -61,7 +61,7 @@ async def test_a_message_of_another_form_names_its_first_fault(nats_url: str) ->
         await bus.subscribe("here", heard.put)
         await bus.publish("here", Note(number=1))
         incoming = await asyncio.wait_for(heard.get(), 10)
-        with pytest.raises(InvalidRequest, match="request_ids: Field required") as caught:
+        with pytest.raises(InvalidRequest, match="`request_ids` is required") as caught:
             incoming.parse(Cancel)
         assert caught.value.param == "request_ids"
         with pytest.raises(InvalidRequest, match="Pd-Deadline"):

@@ -1,4 +1,4 @@
-"""One request over scripted instances: its way, and what happens when they refuse, fail, fall silent or lose messages."""
+"""One request over scripted instances: its way, and over refusals, failures, silence and lost messages."""
 
 import asyncio
 import time

@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest

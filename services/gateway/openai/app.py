@@ -7,14 +7,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from services.gateway.api import ApiContext
 from services.gateway.openai.chat import prepare_chat
 from services.gateway.openai.completions import prepare_completions
-from services.gateway.openai.context import ApiContext
 from services.gateway.openai.edge import Edge
 from services.gateway.openai.endpoint import Endpoint
-from services.gateway.openai.errors import MethodNotAllowed, PathNotFound
 from services.gateway.openai.health import Health
 from services.gateway.openai.models import Models
+from shared.errors import MethodNotAllowed, PathNotFound
 
 
 def create_app(api: ApiContext) -> Starlette:

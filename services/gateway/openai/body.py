@@ -7,8 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
-from services.gateway.openai.errors import invalid_request
-from shared.errors import BodyTooLarge, Cancelled, InvalidRequest
+from shared.errors import BodyTooLarge, Cancelled, InvalidRequest, invalid_request
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

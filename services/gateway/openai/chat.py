@@ -3,9 +3,9 @@
 import time
 from collections.abc import Mapping, Sequence
 
+from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
 from services.gateway.openai.body import parse
-from services.gateway.openai.context import ApiContext
 from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, make_job
 from services.gateway.openai.logprobs import chat_logprobs
 from services.gateway.openai.schemas import ChatCompletionRequest, ChatMessage

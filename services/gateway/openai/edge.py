@@ -7,12 +7,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway.api import ApiContext
 from services.gateway.openai.auth import authenticate
-from services.gateway.openai.context import ApiContext
-from services.gateway.openai.errors import InternalError, error_event, error_response
+from services.gateway.openai.errors import error_event, error_response
 from services.gateway.openai.exchange import Exchange
 from shared import __version__
-from shared.errors import RequestError
+from shared.errors import InternalError, RequestError
 
 GENERATING = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 """Paths whose requests are counted and traced, and their label."""

@@ -12,10 +12,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta, complete
 from services.gateway.metrics import ChoiceTimer
 from services.gateway.openai.body import read_object
-from services.gateway.openai.context import ApiContext
 from services.gateway.openai.exchange import Exchange
 from services.gateway.openai.job import Choice, Collected, Job, Usage
 from services.gateway.openai.sse import EventStream

@@ -2,28 +2,12 @@
 
 import math
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails, to_json
+from pydantic_core import to_json
 from starlette.responses import Response
 
-from shared.errors import InvalidRequest, RequestError
+from shared.errors import RequestError
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-MAX_SHOWN_CHARS = 60
-
-
-class InternalError(RequestError):
-    """A fault of this program, of which a client is told nothing but that it happened."""
-
-
-class PathNotFound(RequestError):
-    status = 404
-    code = "path_not_found"
-
-
-class MethodNotAllowed(RequestError):
-    status = 405
-    code = "method_not_allowed"
 
 
 def error_json(error: RequestError) -> bytes:
@@ -45,25 +29,3 @@ def error_response(error: RequestError) -> Response:
 def error_event(error: RequestError) -> bytes:
     """The same body as a server-sent event, for a stream whose head is out already."""
     return b"data: " + error_json(error) + b"\n\n"
-
-
-def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first of pydantic's findings, in one sentence that names the field."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if field := first.get("ctx", {}).get("field"):
-        path.append(field)
-    param = ".".join(path)
-    return InvalidRequest(_sentence(first, param), param=param or None)
-
-
-def _sentence(found: ErrorDetails, param: str) -> str:
-    message = found["msg"]
-    if found["type"] == "missing":
-        return f"`{param}` is required."
-    if found["type"] == "request":
-        return f"`{param}` {message}."
-    shown = repr(found["input"])
-    if len(shown) > MAX_SHOWN_CHARS:
-        shown = f"{shown[:MAX_SHOWN_CHARS]}..."
-    return f"`{param}`: {message[0].lower()}{message[1:]}, but it is {shown}."

@@ -4,7 +4,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from services.gateway.openai.context import ApiContext
+from services.gateway.api import ApiContext
 
 
 class Health:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
-from services.gateway.openai.context import ApiContext
-from services.gateway.openai.sampling import check_prompt, choice_seed, sampling_params
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
+from services.gateway.sampling import check_prompt, choice_seed, sampling_params
 from shared.bus.messages import TokenLogprobs
 from shared.errors import InvalidRequest, ModelNotFound
 from shared.sampling import FinishReason, SamplingParams

@@ -4,7 +4,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.gateway.openai.context import ApiContext
+from services.gateway.api import ApiContext
 from services.gateway.openai.job import Json, check_model
 
 

@@ -9,9 +9,9 @@ import pytest
 import uvicorn
 from openai import AsyncOpenAI
 
+from services.gateway.api import ApiContext
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai.app import create_app
-from services.gateway.openai.context import ApiContext
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.fake_core import FakeCore
 from tests.harness import eventually

@@ -14,7 +14,7 @@ from openai import (
     RateLimitError,
 )
 
-from services.gateway.openai.context import ApiContext
+from services.gateway.api import ApiContext
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
 from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore

@@ -7,8 +7,7 @@ from typing import Protocol
 from pydantic import ValidationError
 from xxhash import xxh3_64_intdigest
 
-from services.gateway.openai.errors import invalid_request
-from shared.errors import ContextTooLong, InvalidRequest
+from shared.errors import ContextTooLong, InvalidRequest, invalid_request
 from shared.sampling import SamplingParams
 from shared.text.tokenizer import Tokenizer
 
