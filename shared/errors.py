@@ -6,9 +6,12 @@ PDServeError
 │   │   └── ContextTooLong      400  context_length_exceeded
 │   ├── InvalidAPIKey           401  invalid_api_key
 │   ├── ModelNotFound           404  model_not_found
+│   ├── PathNotFound            404  path_not_found
+│   ├── MethodNotAllowed        405  method_not_allowed
 │   ├── BodyTooLarge            413  body_too_large
 │   ├── Overloaded              429  overloaded             no free slot before the TTFT deadline
 │   ├── Cancelled               499  cancelled
+│   ├── InternalError           500  internal_error         a fault of this program; its log says more
 │   ├── InstanceFailed          500  instance_failed        every attempt met a failing instance
 │   ├── NoInstance              503  no_instance            nobody there to serve it
 │   └── DeadlineExceeded        504  deadline_exceeded
