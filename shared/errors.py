@@ -157,6 +157,11 @@ class SettingsInvalid(PDServeError):
     """A setting is unknown or has a bad value; the message says what to write."""
 
 
+def gateway_is_ending() -> NoInstance:
+    """What a request is told that outlasts its gateway."""
+    return NoInstance("This gateway is ending: send the request again.", retry_after_s=1.0)
+
+
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first of pydantic's findings, in one sentence that names the field."""
     first = error.errors(include_url=False)[0]

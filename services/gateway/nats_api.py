@@ -25,7 +25,7 @@ from shared.bus.messages import (
     GenerateRequest,
     GenerateUsage,
 )
-from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFound, RequestError
+from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFound, RequestError, gateway_is_ending
 from shared.sampling import FinishReason, SamplingParams
 
 ENDPOINT = "nats"
@@ -72,7 +72,7 @@ class NatsApi:
         if running:
             await asyncio.wait(running, timeout=timeout_s)
         for request_id in list(self._answering):
-            self._end(request_id, Cancelled("the gateway is ending: send the request again"))
+            self._end(request_id, gateway_is_ending())
 
     def _end(self, request_id: str, why: RequestError) -> None:
         answering = self._answering.get(request_id)
@@ -118,7 +118,7 @@ class NatsApi:
             code = failure.code
             await self._fail(answering, failure)
         except asyncio.CancelledError:
-            why = answering.ended_by or Cancelled("the gateway is ending: send the request again")
+            why = answering.ended_by or gateway_is_ending()
             code = why.code
             await self._fail(answering, why)
             if answering.ended_by is None:

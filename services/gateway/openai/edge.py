@@ -1,5 +1,6 @@
 """The edge of the HTTP API: every request gets an id and a key check here, every failure becomes an answer, once."""
 
+import asyncio
 import logging
 
 from opentelemetry.trace import SpanKind, Status, StatusCode, get_current_span
@@ -12,7 +13,7 @@ from services.gateway.openai.auth import authenticate
 from services.gateway.openai.errors import error_event, error_response
 from services.gateway.openai.exchange import Exchange
 from shared import __version__
-from shared.errors import InternalError, RequestError
+from shared.errors import InternalError, RequestError, gateway_is_ending
 
 GENERATING = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 """Paths whose requests are counted and traced, and their label."""
@@ -74,12 +75,18 @@ class Edge:
 
     async def _serve(self, scope: Scope, receive: Receive, answer: Answer) -> str:
         """Answer the request, whatever happens; returns the outcome's code."""
+        ended: asyncio.CancelledError | None = None
+        failure: RequestError
         try:
             authenticate(self._api.api_keys, scope["path"], Headers(scope=scope).get("authorization"))
             await self._app(scope, receive, answer.send)
             return "ok"
         except RequestError as error:
             failure = error
+        except asyncio.CancelledError as error:
+            # Only the server cancels, when it has waited long enough for its requests to end.
+            ended = error
+            failure = gateway_is_ending()
         except Exception:
             log.exception("request %s met a fault of this program", Exchange.of(scope).request_id)
             failure = InternalError("The gateway failed at this request; its log says why, under the request's id.")
@@ -90,4 +97,6 @@ class Edge:
             await answer.send({"type": "http.response.body", "body": error_event(failure), "more_body": False})
         else:
             await error_response(failure)(scope, receive, answer.send)
+        if ended is not None:
+            raise ended
         return failure.code
