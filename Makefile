@@ -1,4 +1,4 @@
-# make setup   creates .venv with everything in it
+# make setup   creates .venv with what serving needs
 # make up      sets up and serves:  make up ARGS="--model Qwen/Qwen3-0.6B --decode 2"
 # make test    sets up and passes the tests (all of .ci/run)
 # make check   the quick half: format, lint, types, tests without services
@@ -8,6 +8,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock
 
 .PHONY: setup up test check lint compose-test
 
@@ -16,13 +17,18 @@ setup: .venv/.done
 .venv/.done: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pdserve needs Python 3.11 or later: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[dev]'
+	$(PIP) -e .
+	@touch $@
+
+# What tests and linters need besides.
+.venv/.dev: .venv/.done
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 up: setup
 	@exec $(BIN)/pdserve up $(ARGS)
 
-lint: setup
+lint: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy

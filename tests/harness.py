@@ -16,6 +16,7 @@ from shared.settings import DEMO_MODEL, tame_threads
 
 TIMEOUT_S = 60.0
 HEARTBEAT_S = 0.1
+SETTLE_S = 0.6
 
 
 def free_port() -> int:
@@ -124,10 +125,16 @@ class System:
         )
 
     def wait_until_nothing_is_held(self) -> None:
-        """Waits until that is so and stays so over a few heartbeats."""
-        wait_until(self.nothing_is_held)
-        time.sleep(3 * HEARTBEAT_S)
-        assert self.nothing_is_held()
+        """Waits until that is so, and has been for longer than it takes a request to show in the status."""
+        since = time.monotonic()
+
+        def is_settled() -> bool:
+            nonlocal since
+            if not self.nothing_is_held():
+                since = time.monotonic()
+            return time.monotonic() - since > SETTLE_S
+
+        wait_until(is_settled)
 
     def slots_used(self, role: str) -> int:
         """How many requests the instances of a role hold."""
