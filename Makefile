@@ -2,6 +2,7 @@
 # make up      sets up and serves:  make up ARGS="--model Qwen/Qwen3-0.6B --decode 2"
 # make test    sets up and passes the tests (all of .ci/run)
 # make check   the quick half: format, lint, types, tests without services
+# make compose-test  the containers, end to end; needs docker
 # PIP_ARGS     more arguments for pip, such as an index that has torch's CPU build
 
 PYTHON ?= python3
@@ -35,6 +36,9 @@ lint: .venv/.dev
 
 check: lint
 	$(BIN)/pytest -q -m 'not services'
+
+compose-test:
+	tests/compose/run
 
 test: lint
 	$(BIN)/pytest -q

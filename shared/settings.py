@@ -101,6 +101,8 @@ class InstanceSettings(ModelSettings):
     """Torch threads of this instance; 0 takes all cores of the machine."""
     kv_host: str = "127.0.0.1"
     """The address on which other instances fetch KV from this one; with 0.0.0.0 they are told the machine's own."""
+    kv_advertise_host: str | None = None
+    """Where others reach that address, if it is not what `kv_host` says."""
     kv_port: Port = 0
     kv_pool_bytes: Annotated[int, Field(ge=2**20)] = 2**30
     block_size: Literal[8, 16, 32, 64, 128] = 16

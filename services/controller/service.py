@@ -82,4 +82,7 @@ def _log_changes(group: str, before: View, after: View) -> None:
     for name in after.alive().keys() - before.alive().keys():
         log.info("group %s: %s is there, as %s", group, name, after.seen[name].record.role)
     for name in before.alive().keys() - after.alive().keys():
-        log.warning("group %s: %s is late", group, name)
+        if name in after.seen:
+            log.warning("group %s: %s is late", group, name)
+        else:
+            log.info("group %s: %s has ended", group, name)

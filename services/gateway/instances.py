@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Instances:
-    """Watches one group. `on_lost` hears the id of each instance whose heartbeat has become late."""
+    """Watches one group. `on_lost` hears the id of each that has ended or whose heartbeat has become late."""
 
     def __init__(self, registry: Registry, group: str, late_after_s: float, on_lost: Callable[[str], None]) -> None:
         self._registry = registry
@@ -46,6 +46,9 @@ class Instances:
             return
         before = self._view.alive()
         self._view = self._view.updated(records, time.monotonic())
-        for lost in before.keys() - self._view.alive().keys():
-            log.warning("instance %s is lost: its heartbeat is late", lost)
-            self._on_lost(lost)
+        for gone in before.keys() - self._view.alive().keys():
+            if gone in self._view.seen:
+                log.warning("instance %s is lost: its heartbeat is late", gone)
+            else:
+                log.info("instance %s has ended", gone)
+            self._on_lost(gone)

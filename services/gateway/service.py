@@ -19,6 +19,7 @@ from services.gateway.nats_api import NatsApi
 from services.gateway.openai.app import create_app
 from services.gateway.streams import Streams
 from shared import __version__
+from shared.addresses import advertised
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import OutputToken
@@ -132,7 +133,7 @@ class Gateway:
             version=__version__,
             started_at=self._started_at,
             heartbeat=heartbeat,
-            address=f"http://{self._settings.http_host}:{self._settings.http_port}",
+            address=f"http://{advertised(self._settings.http_host)}:{self._settings.http_port}",
             group=self._settings.group,
             open_requests=len(self._streams),
             waiting_requests=self._prefill_line.num_waiting,

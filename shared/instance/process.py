@@ -80,7 +80,13 @@ class Instance:
         settings = self.settings
         pool = KVPool(self.loaded.layout, self.num_blocks, settings.device)
         engine = Engine(self.loaded, pool, settings.max_step_tokens)
-        holder = KVHolder(self.loaded.layout, settings.kv_host, settings.kv_port, settings.stall_timeout_s)
+        holder = KVHolder(
+            self.loaded.layout,
+            settings.kv_host,
+            settings.kv_port,
+            settings.stall_timeout_s,
+            settings.kv_advertise_host,
+        )
         async with (
             holder.serving(),
             EngineRunner(engine, self._steps.put_nowait, self._on_crash) as runner,

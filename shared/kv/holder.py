@@ -6,7 +6,6 @@ first.
 """
 
 import asyncio
-import ipaddress
 import logging
 import socket
 import time
@@ -14,13 +13,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from shared.addresses import advertised
 from shared.errors import SettingsInvalid, TransferFailed
 from shared.kv import wire
 from shared.kv.layout import KVLayout
 
 SWEEP_S = 0.25
-ELSEWHERE = ("192.0.2.1", 9)
-"""An address that no network has (RFC 5737), behind the default route."""
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +43,15 @@ class Lease:
 class KVHolder:
     """Holds leases and serves them. Others reach it at its `host` and `port`. Used from the event loop only."""
 
-    def __init__(self, layout: KVLayout, host: str, port: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self, layout: KVLayout, host: str, port: int, stall_timeout_s: float, advertise_host: str | None = None
+    ) -> None:
         self._layout = layout
         self._stall_timeout_s = stall_timeout_s
         self._leases: dict[str, Lease] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server = _listen(host, port)
-        self.host = advertised(host)
+        self.host = advertise_host or advertised(host)
         self.port: int = self._server.getsockname()[1]
 
     def hold(self, lease: Lease) -> None:
@@ -161,26 +161,3 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
     server.setblocking(False)
     return server
-
-
-def advertised(host: str) -> str:
-    """Where others reach a server that listens on `host`: there, or for a wildcard (0.0.0.0) at this machine's address.
-
-    That is its address towards the default route, or where there is none, its name.
-    """
-    if not _is_wildcard(host):
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(ELSEWHERE)  # sends nothing: it only looks up the route
-        except OSError:
-            return socket.gethostname()
-        address: str = probe.getsockname()[0]
-        return address
-
-
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False  # a name

@@ -1,6 +1,6 @@
 """Whose heart still beats: records as a reader has seen them over time. Pure: the caller brings records and time."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from shared.registry.records import InstanceRecord, Role
@@ -22,7 +22,7 @@ class View:
     seen: dict[str, Seen]
     read_at: float = 0.0
 
-    def updated(self, records: Iterable[InstanceRecord], now: float) -> "View":
+    def updated(self, records: Collection[InstanceRecord], now: float) -> "View":
         """The view after one successful reading at `now`.
 
         The time since the reading before counts as the registry's absence, not the instances', once it is longer than
@@ -32,7 +32,8 @@ class View:
         if blind:
             seen = {name: Seen(one.record, now) for name, one in self.seen.items()}
         else:
-            seen = {name: one for name, one in self.seen.items() if not self._is_forgotten(one, now)}
+            present = {record.id for record in records}
+            seen = {name: one for name, one in self.seen.items() if name in present or not self._is_over(one, now)}
         for record in records:
             before = seen.get(record.id)
             stood_still = before is not None and before.record.heartbeat == record.heartbeat
@@ -50,5 +51,6 @@ class View:
         """The instances of a role that take requests."""
         return [record for record in self.alive().values() if record.role == role and record.state == "ready"]
 
-    def _is_forgotten(self, one: Seen, now: float) -> bool:
-        return now - one.moved_at > 5 * self.late_after_s
+    def _is_over(self, one: Seen, now: float) -> bool:
+        """Whether one that has vanished is not to be missed: it said that it would end, or has been late for long."""
+        return one.record.state == "draining" or now - one.moved_at > 5 * self.late_after_s

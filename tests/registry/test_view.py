@@ -59,6 +59,12 @@ def test_one_that_vanished_is_late_only_after_a_while_and_then_forgotten() -> No
     assert not view(*readings, *long_after).seen
 
 
+def test_one_that_said_that_it_would_end_is_not_missed() -> None:
+    ending = record(state="draining")
+    assert view((1.0, [ending])).seen
+    assert not view((1.0, [ending]), (1.5, [])).seen
+
+
 def test_it_comes_back_when_its_heart_beats_again() -> None:
     readings = [(1.0 + step, [record(heartbeat=7)]) for step in range(5)]
     assert view(*readings, (6.0, [record(heartbeat=8)])).alive()

@@ -4,9 +4,10 @@ import socket
 
 import pytest
 
-from shared.kv import holder
+from shared import addresses
+from shared.addresses import advertised
 from shared.kv.fetcher import KVFetcher
-from shared.kv.holder import KVHolder, advertised
+from shared.kv.holder import KVHolder
 from tests.harness import eventually
 from tests.kv.test_transfer import LAYOUT, Held, pieces
 
@@ -25,7 +26,7 @@ def test_for_a_wildcard_it_is_one_of_this_machine_and_no_wildcard() -> None:
 
 def test_without_a_route_it_is_this_machines_name(monkeypatch: pytest.MonkeyPatch) -> None:
     refused_at_once = ("255.255.255.255", 9)  # as an address without a route is
-    monkeypatch.setattr(holder, "ELSEWHERE", refused_at_once)
+    monkeypatch.setattr(addresses, "ELSEWHERE", refused_at_once)
     assert advertised("0.0.0.0") == socket.gethostname()
 
 
