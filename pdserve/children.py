@@ -1,26 +1,18 @@
-"""Child processes of `pdserve up`: started, watched, started again when they die, and never left behind.
-
-Two kinds: light services are programs of their own; instances come from a fork server that has torch loaded already, so
-that any number of them starts at once. Both die with this process, however it ends.
-"""
+"""Child processes of `pdserve up`: how they start, are watched, and end. None outlives this process, however it ends."""
 
 import ctypes
-import multiprocessing
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Protocol
 
-from shared.settings import InstanceSettings, environment_of
+from shared.settings import environment_of
 
 PR_SET_PDEATHSIG = 1
-PRELOADED = ["shared.instance.process", "transformers.models.auto.modeling_auto"]
 
 
 def die_with_parent() -> None:
@@ -86,46 +78,6 @@ class Program:
             self._process.kill()
 
 
-@dataclass(slots=True)
-class Forked:
-    """An instance, forked from the server that has torch loaded."""
-
-    name: str
-    role: str
-    settings: Mapping[str, object]
-    log: Path
-    context: ForkServerContext
-    _process: "multiprocessing.context.ForkServerProcess | None" = field(default=None, init=False)
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    def exit_code(self) -> int | None:
-        return self._process.exitcode if self._process else None
-
-    def start(self) -> None:
-        self._process = self.context.Process(
-            target=_run_instance, args=(self.role, dict(self.settings), str(self.log)), name=self.name
-        )
-        self._process.start()
-
-    def terminate(self) -> None:
-        if self._process:
-            self._process.terminate()
-
-    def kill(self) -> None:
-        if self._process:
-            self._process.kill()
-
-
-def fork_server(preload: list[str]) -> ForkServerContext:
-    """A fork server that imports torch and the given modules as soon as it is first used."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *preload])
-    return context
-
-
 def wait_for_exit(children: list[Child], timeout_s: float) -> list[Child]:
     """Waits until all have ended, and returns those that have not."""
     end = time.monotonic() + timeout_s
@@ -140,17 +92,3 @@ def last_words(log: Path) -> str:
     """The last line that a process wrote."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "it said nothing"
-
-
-def _run_instance(role: str, settings: dict[str, object], log: str) -> None:
-    """The life of a forked instance: away from the terminal and its Ctrl-C, its words in its log."""
-    os.setsid()
-    die_with_parent()
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from shared.instance.process import serve
-    from shared.process import run_service
-
-    import faulthandler, signal as _s; faulthandler.register(_s.SIGUSR1, all_threads=True)  # DEBUGTMP
-    run_service(InstanceSettings, serve, overrides=settings)

@@ -19,7 +19,8 @@ from pathlib import Path
 import httpx
 
 from pdserve import runfile
-from pdserve.children import Child, Forked, Program, fork_server, last_words, wait_for_exit
+from pdserve.children import Child, Program, last_words, wait_for_exit
+from pdserve.forked import Forked, fork_server
 from pdserve.servers import Servers
 from shared import settings
 from shared.bus import connection
@@ -129,7 +130,7 @@ def _refuse_port_in_use(host: str, port: int) -> None:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        why = error.strerror or error
+        why = os.strerror(error.errno) if error.errno else error
         raise SettingsInvalid(f"{host}:{port} cannot be used ({why}): take another with --port or --host") from error
 
 
@@ -165,7 +166,7 @@ def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object],
     settings.tame_threads()
     context = fork_server(_modules_of(gateway.model))
     instances: list[Child] = [
-        Forked(f"{role}-{number}", role, {**instance, "role": role}, logs / f"{role}-{number}.log", context)
+        Forked(f"{role}-{number}", {**instance, "role": role}, logs / f"{role}-{number}.log", context)
         for role, count in (("prefill", wishes.num_prefill), ("decode", wishes.num_decode))
         for number in range(count)
     ]

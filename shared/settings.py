@@ -155,6 +155,12 @@ def environment_of(settings: Mapping[str, object]) -> dict[str, str]:
     return {**os.environ, **added}
 
 
+def adopt_environment(environment: Mapping[str, str]) -> None:
+    """Takes over another process's environment: that of a fork server is as old as the server."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def given(name: str) -> str | None:
     """What the environment says for a setting, if anything."""
     return os.environ.get(PREFIX + name.upper())

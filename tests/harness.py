@@ -8,7 +8,8 @@ from pathlib import Path
 
 import httpx
 
-from pdserve.children import Child, Forked, Program, fork_server, last_words, wait_for_exit
+from pdserve.children import Child, Program, last_words, wait_for_exit
+from pdserve.forked import Forked, fork_server
 from pdserve.servers import Servers
 from pdserve.status import ask
 from shared.bus.messages import InstanceStatus, Status
@@ -146,7 +147,7 @@ class System:
     def _instance(self, role: str, number: int) -> Forked:
         name = f"{role}-{number}"
         settings = {"kv_pool_bytes": 2**28, **self.settings, "role": role, "threads": 1}
-        return Forked(name, role, settings, self.folder / f"{name}.log", self.context)
+        return Forked(name, settings, self.folder / f"{name}.log", self.context)
 
     def _all_run(self) -> bool:
         for child in self.children:
