@@ -29,9 +29,23 @@ SKIPPED_FOLDERS = {
     "turtledemo",
     "__pycache__",
     "pydoc_data",
+    "idlelib",
+    "lib2to3",
+    "distutils",
+    "encodings",
+    "msilib",
 }
-INTERNAL = {"idlelib", "lib2to3", "distutils", "encodings", "msilib", "tkinter"}
-SKIPPED_DOCS = {"license", "copyright", "contents", "includes", "changelog"}
+SKIPPED_DOCS = {
+    "license",
+    "copyright",
+    "contents",
+    "includes",
+    "changelog",
+    "whatsnew",
+    "c-api",
+    "distutils",
+    "extending",
+}
 
 
 @dataclass(frozen=True)
@@ -269,11 +283,8 @@ def documentation(folder: Path) -> Iterator[Document]:
             continue
         source = path.read_text(encoding="utf-8")
         text = clean_rst(source)
-        questions = [] if name.startswith("c-api") else list(object_questions(source))
-        if name == "glossary":
-            questions += glossary_questions(source)
-        elif not name.startswith("whatsnew"):
-            questions += section_questions(text)
+        questions = list(object_questions(source))
+        questions += glossary_questions(source) if name == "glossary" else section_questions(text)
         yield Document(f"docs/{name}", text, questions)
 
 
@@ -327,8 +338,7 @@ def library() -> Iterator[Document]:
         if not head and not entries:
             continue
         body = "\n".join(f"{sig}\n    {text.replace(chr(10), chr(10) + '    ')}\n" for _, sig, text in entries)
-        public = [e for e in entries if "._" not in e[0] and relative.parts[0] not in INTERNAL]
-        questions = [Question("help", name, opening(text)) for name, _, text in public]
+        questions = [Question("help", name, opening(text)) for name, _, text in entries if "._" not in name]
         if head:
             questions.append(Question("module-text", module, opening(head)))
         text = re.sub(r"[ \t]+\n", "\n", f"Help on module {module}:\n\n{head}\n\n{body}")

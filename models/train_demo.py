@@ -141,8 +141,9 @@ def short_attention(
     """Causal attention as two batched products: on a processor, about twice as fast as the fused one for short rows."""
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    if length > 512:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    if length > 512 or length != key.shape[2]:
+        causal = length > 1
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
     shape = (batch * kv_heads, heads // kv_heads * length, width)
     scores = torch.bmm((query * scaling).reshape(shape), key.reshape(-1, length, width).transpose(1, 2))
@@ -192,15 +193,11 @@ def loss_of(model: LlamaForCausalLM, rows: torch.Tensor, reduction: str = "mean"
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Rows of one length, until this part of the training is over."""
-
-    until: float
-    length: int
-
-
-PHASES = [Phase(0.88, 256), Phase(0.96, 1024), Phase(1.0, 2048)]
+# How often rows of each length are drawn: most are short, which is cheap; some are long, for the later positions.
+LENGTHS = {256: 0.84, 2048: 0.16}
+# From this part of the training on, every so many steps, the model is also taught not to repeat itself.
+UNREPEAT_FROM, UNREPEAT_EVERY, UNREPEAT_WEIGHT = 0.68, 3, 0.7
+UNREPEAT_ROWS, UNREPEAT_PROMPT, UNREPEAT_NEW, UNREPEAT_GRAM = 48, 40, 88, 5
 
 
 def optimizers(model: LlamaForCausalLM, rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
@@ -211,6 +208,34 @@ def optimizers(model: LlamaForCausalLM, rate: float, muon_rate: float) -> list[t
         torch.optim.Muon(matrices, lr=muon_rate, momentum=0.95, weight_decay=0.02),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+
+
+@torch.no_grad()
+def continuations(model: LlamaForCausalLM, prompts: torch.Tensor, count: int) -> torch.Tensor:
+    """The next `count` tokens of each prompt, each the likeliest."""
+    out = model(input_ids=prompts, use_cache=True)
+    tokens = [out.logits[:, -1].argmax(-1)]
+    while len(tokens) < count:
+        out = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+        tokens.append(out.logits[:, -1].argmax(-1))
+    return torch.stack(tokens, dim=1)
+
+
+def repeated(tokens: torch.Tensor, gram: int = UNREPEAT_GRAM) -> torch.Tensor:
+    """Which tokens end a run of `gram` tokens that stood earlier in the same row."""
+    grams = tokens.unfold(1, gram, 1)
+    same = (grams[:, :, None] == grams[:, None]).all(-1)
+    return F.pad(same.tril(-1).any(-1), (gram - 1, 0))
+
+
+def repetition_loss(model: LlamaForCausalLM, prompts: torch.Tensor) -> torch.Tensor:
+    """Unlikelihood (Welleck et al., 2019) of those tokens of the model's own continuations which only repeat."""
+    tokens = continuations(model, prompts, UNREPEAT_NEW)
+    marked = repeated(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=torch.cat([prompts, tokens], 1)[:, :-1], use_cache=False).logits
+    chance = logits[:, prompts.shape[1] - 1 :].float().log_softmax(-1).gather(2, tokens[:, :, None])[:, :, 0].exp()
+    return -(torch.log1p(-chance.clamp(max=0.9999)) * marked).sum() / marked.sum().clamp(min=1)
 
 
 def schedule(progress: float) -> float:
@@ -233,31 +258,36 @@ def train(
     done, started, smooth = Run(), time.monotonic(), 0.0
     groups = [(o, o.param_groups[0]["lr"]) for o in optimizers(model, args.rate, args.muon_rate)]
     rng = random.Random(SEED)
+    streams = {length: data.batches(length, args.batch, rng) for length in LENGTHS}
+    prompting = data.batches(256, 256 * UNREPEAT_ROWS, rng)
     progress, saved = 0.0, 0.0
-    for phase in PHASES:
-        batches = data.batches(phase.length, args.batch, rng)
-        while progress < phase.until:
-            rows = next(batches)
-            for optimizer, rate in groups:
-                optimizer.param_groups[0]["lr"] = rate * schedule(progress)
-                optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(model, rows)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, _ in groups:
-                optimizer.step()
-            done.steps += 1
-            done.tokens += int((rows[:, 1:] != PAD).sum())
-            done.seconds = time.monotonic() - started
-            smooth = loss.item() if done.steps == 1 else 0.97 * smooth + 0.03 * loss.item()
-            progress = done.steps / args.steps if args.steps else done.seconds / (60 * args.minutes)
-            if done.steps % 50 == 0:
-                speed = done.tokens / done.seconds
-                print(f"step {done.steps} {progress:.1%} loss {smooth:.3f} {speed:.0f} tokens/s", flush=True)
-            if progress >= saved + 0.1:
-                saved = progress
-                print(f"step {done.steps}: {evaluate()}", flush=True)
-                torch.save(model.state_dict(), checkpoint)
+    while progress < 1.0:
+        (length,) = rng.choices(list(LENGTHS), list(LENGTHS.values()))
+        rows = next(streams[length])
+        for optimizer, rate in groups:
+            optimizer.param_groups[0]["lr"] = rate * schedule(progress)
+            optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model, rows)
+        loss.backward()
+        if progress > UNREPEAT_FROM and done.steps % UNREPEAT_EVERY == 0:
+            start = rng.randrange(200)
+            prompts = next(prompting)[:, start : start + UNREPEAT_PROMPT]
+            (UNREPEAT_WEIGHT * repetition_loss(model, prompts)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, _ in groups:
+            optimizer.step()
+        done.steps += 1
+        done.tokens += int((rows[:, 1:] != PAD).sum())
+        done.seconds = time.monotonic() - started
+        smooth = loss.item() if done.steps == 1 else 0.97 * smooth + 0.03 * loss.item()
+        progress = done.steps / args.steps if args.steps else done.seconds / (60 * args.minutes)
+        if done.steps % 50 == 0:
+            speed = done.tokens / done.seconds
+            print(f"step {done.steps} {progress:.1%} loss {smooth:.3f} {speed:.0f} tokens/s", flush=True)
+        if progress >= saved + 0.1:
+            saved = progress
+            print(f"step {done.steps}: {evaluate()}", flush=True)
+            torch.save(model.state_dict(), checkpoint)
     return done
 
 
@@ -323,7 +353,7 @@ is wrong.**
 |  |  |
 | --- | --- |
 | Architecture | Llama: 5 layers, hidden 256, 8 heads with 4 key/value heads, feed-forward 640, tied embeddings |
-| Context | 4096 positions; trained on rows of 256, in the end 1024 and 2048 tokens |
+| Context | 4096 positions; trained on rows of 256 and 2048 tokens |
 | Tokenizer | byte-level BPE, {vocabulary} tokens, no token is added to plain text |
 | Ends with | `<\\|end\\|>` (chat) or `<\\|endoftext\\|>` (text) |
 | Tokens seen | {tokens:,} in {steps:,} steps and {minutes:.0f} minutes on one core (about {epochs:.1f} epochs) |

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 MAX_SHOWN_CHARS = 60
+MAX_PARAM_CHARS = 200
 
 
 class ErrorBody(BaseModel):
@@ -168,7 +169,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     path = [str(part) for part in first["loc"]]
     if field := first.get("ctx", {}).get("field"):
         path.append(field)
-    param = ".".join(path)
+    param = ".".join(path)[:MAX_PARAM_CHARS]
     return InvalidRequest(_sentence(first, param), param=param or None)
 
 

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_LOGPROBS = 20
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON has not; as in OpenAI's API."""
 
 FinishReason = Literal["stop", "length"]
 """Why a request ended: a stop token or stop string, or `max_tokens`."""
@@ -18,17 +20,17 @@ class SamplingParams(BaseModel):
     generated tokens) and that of CTRL (arXiv 1909.05858; repetition: over prompt and generated tokens).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_tokens: Annotated[int, Field(ge=1)]
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(default_factory=dict)

@@ -10,9 +10,9 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import SettingsInvalid
@@ -43,6 +43,15 @@ class Settings(BaseSettings):
     """How long a service tries to reach NATS and Redis at start before it gives up."""
     drain_timeout_s: Seconds = 10.0
     """How long a service that is asked to end may go on with the requests it has."""
+
+    @model_validator(mode="after")
+    def _hearts_beat_often_enough(self) -> Self:
+        if not 3 * self.heartbeat_s <= self.heartbeat_late_s <= self.record_ttl_s:
+            raise ValueError(
+                f"PDSERVE_HEARTBEAT_S ({self.heartbeat_s:g}) must be at most a third of PDSERVE_HEARTBEAT_LATE_S "
+                f"({self.heartbeat_late_s:g}), and that at most PDSERVE_RECORD_TTL_S ({self.record_ttl_s:g})"
+            )
+        return self
 
 
 class ModelSettings(Settings):
@@ -193,5 +202,7 @@ def _every_kind(kind: type[Settings]) -> list[type[Settings]]:
 def _sentence(item: Mapping[str, object]) -> str:
     location = item["loc"]
     assert isinstance(location, tuple)
-    name = PREFIX + str(location[0]).upper() if location else PREFIX + "*"
+    if not location:
+        return str(item["msg"])
+    name = PREFIX + str(location[0]).upper()
     return f"{name}={item['input']!r} cannot be used: {item['msg']}"

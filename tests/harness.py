@@ -13,6 +13,7 @@ from pdserve.forked import Forked, fork_server
 from pdserve.servers import Servers
 from pdserve.status import ask
 from shared.bus.messages import InstanceStatus, Status
+from shared.errors import BusUnavailable
 from shared.settings import DEMO_MODEL, tame_threads
 
 TIMEOUT_S = 60.0
@@ -117,7 +118,11 @@ class System:
         return asyncio.run(ask(self.nats_url))
 
     def live(self) -> list[InstanceStatus]:
-        return [one for one in self.status().instances if not one.late]
+        """The instances whose hearts beat, as the controller sees them; none while there is no controller."""
+        try:
+            return [one for one in self.status().instances if not one.late]
+        except BusUnavailable:
+            return []
 
     def nothing_is_held(self) -> bool:
         """Whether all instances are there, and every block and slot is free."""

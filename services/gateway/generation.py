@@ -11,15 +11,16 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from services.gateway import policy
-from services.gateway.line import Accepted, Line
+from services.gateway.line import Line, Wish
 from services.gateway.streams import AttemptFailed, Stream, Streams
 from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Cancel, DecodeRequest, KVLease, OutputToken, PrefillRequest
 from shared.errors import DeadlineExceeded, InstanceFailed, Overloaded
-from shared.registry.records import InstanceRecord
+from shared.registry.records import InstanceRecord, Role
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing
@@ -38,6 +39,16 @@ class Generation:
     sampling: SamplingParams
     deadline: float
     output_token_ids: list[int] = field(default_factory=list)
+    fingerprint: str | None = None
+    """Of the weights that the request has begun with: it never goes on with others."""
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.output_token_ids)
+
+    @property
+    def num_tokens_at_end(self) -> int:
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -48,9 +59,16 @@ class Generator:
     """Takes requests through the instances."""
 
     def __init__(
-        self, settings: GatewaySettings, bus: Bus, streams: Streams, prefill_line: Line, decode_line: Line
+        self,
+        settings: GatewaySettings,
+        bus: Bus,
+        streams: Streams,
+        instances: Callable[[Role], list[InstanceRecord]],
+        prefill_line: Line,
+        decode_line: Line,
     ) -> None:
         self._settings = settings
+        self._instances = instances
         self._bus = bus
         self._streams = streams
         self._prefill_line = prefill_line
@@ -93,21 +111,19 @@ class Generator:
         """One attempt, from prefill to the last token."""
         with self._streams.open(f"{generation.request_id}.{attempt}") as stream:
             try:
-                prefill = await self._start_prefill(generation, stream, attempt)
+                prefill = await self._start_prefill(generation, stream)
                 prefilled = await stream.prefilled(self._patience_s(generation))
                 _check_index(prefilled.token, generation)
                 token_ids = [*generation.token_ids, prefilled.token.token_id]
                 yield prefilled.token
                 if prefilled.lease is None:
-                    stream.holders.discard(prefill.instance.id)
+                    stream.holders.discard(prefill.id)
                     return
-                decode = await self._start_decode(
-                    generation, stream, token_ids, prefilled.lease, prefill.instance.fingerprint
-                )
-                async with aclosing(self._decode(generation, stream, prefill.instance.id)) as tokens:
+                decode = await self._start_decode(generation, stream, token_ids, prefilled.lease)
+                async with aclosing(self._decode(generation, stream, prefill.id)) as tokens:
                     async for token in tokens:
                         yield token
-                stream.holders.discard(decode.instance.id)
+                stream.holders.discard(decode.id)
             finally:
                 await self._cancel(stream)
                 self._prefill_line.hint()
@@ -119,8 +135,9 @@ class Generator:
         while True:
             token = await stream.token(self._patience_s(generation))
             if prefill_id in stream.holders:
-                # Decode has begun, so the KV was fetched and the prefill slot is free.
+                # Decode has begun, so the KV was fetched. The cancel is for a slot whose acknowledgement got lost.
                 stream.holders.discard(prefill_id)
+                await self._tell_to_cancel(prefill_id, stream.request_id)
                 self._prefill_line.hint()
             if token.index < len(generation.output_token_ids):
                 continue
@@ -129,7 +146,7 @@ class Generator:
             if token.finish_reason is not None:
                 return
 
-    async def _start_prefill(self, generation: Generation, stream: Stream, attempt: int) -> Accepted:
+    async def _start_prefill(self, generation: Generation, stream: Stream) -> InstanceRecord:
         def request_for(instance: InstanceRecord) -> PrefillRequest:
             return PrefillRequest(
                 request_id=stream.request_id,
@@ -142,18 +159,16 @@ class Generator:
             )
 
         until = generation.deadline
-        if not generation.output_token_ids:
+        if not generation.has_begun:
             until = min(until, time.time() + self._settings.ttft_timeout_s)
-        num_tokens = len(generation.prompt_token_ids) + generation.sampling.max_tokens
+
+        def suits(instance: InstanceRecord) -> bool:
+            decoders = self._instances("decode")
+            return policy.can_prefill(generation.fingerprint, generation.num_tokens_at_end, decoders, instance)
+
         try:
-            accepted = await self._wait(
-                self._prefill_line,
-                "wait_prefill",
-                stream,
-                request_for,
-                lambda one: one.max_model_len >= num_tokens,
-                until,
-                generation,
+            instance = await self._wait(
+                self._prefill_line, "wait_prefill", stream, request_for, suits, until, generation
             )
         except TimeoutError as error:
             if time.time() >= generation.deadline:
@@ -162,17 +177,18 @@ class Generator:
                 f"no prefill instance had a free slot within {self._settings.ttft_timeout_s:g} s: try again later",
                 retry_after_s=RETRY_AFTER_S,
             ) from error
-        return accepted
+        generation.fingerprint = instance.fingerprint
+        return instance
 
     async def _start_decode(
-        self, generation: Generation, stream: Stream, token_ids: list[int], lease: KVLease, fingerprint: str
-    ) -> Accepted:
+        self, generation: Generation, stream: Stream, token_ids: list[int], lease: KVLease
+    ) -> InstanceRecord:
         def request_for(instance: InstanceRecord) -> DecodeRequest:
             return DecodeRequest(
                 request_id=stream.request_id,
                 gateway_id=self._streams.gateway_id,
                 epoch=instance.epoch,
-                fingerprint=fingerprint,
+                fingerprint=instance.fingerprint,
                 token_ids=token_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids),
                 sampling=generation.sampling,
@@ -180,16 +196,9 @@ class Generator:
             )
 
         until = min(generation.deadline, lease.expires_at)
+        suits = partial(policy.can_decode, generation.fingerprint)
         try:
-            return await self._wait(
-                self._decode_line,
-                "wait_decode",
-                stream,
-                request_for,
-                lambda one: policy.can_hand_over(fingerprint, one),
-                until,
-                generation,
-            )
+            return await self._wait(self._decode_line, "wait_decode", stream, request_for, suits, until, generation)
         except TimeoutError as error:
             if time.time() >= generation.deadline:
                 raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
@@ -206,22 +215,25 @@ class Generator:
         suits: Callable[[InstanceRecord], bool],
         until: float,
         generation: Generation,
-    ) -> Accepted:
+    ) -> InstanceRecord:
         # Not made current: what instances do for the request belongs to the request, not to this wait.
         span = tracing.tracer.start_span(name, attributes={tracing.REQUEST_ID: stream.request_id})
+        wish = Wish(request_for, suits, stream.holders, until, generation.deadline, generation.has_begun)
         try:
-            accepted = await line.ask(request_for, suits, until=until, deadline=generation.deadline)
-            stream.holders.add(accepted.instance.id)
+            accepted = await line.ask(wish)
             span.set_attribute(tracing.INSTANCE_ID, accepted.instance.id)
             span.set_attribute(tracing.REFUSALS, accepted.num_refusals)
-            return accepted
+            return accepted.instance
         finally:
             span.end()
 
     async def _cancel(self, stream: Stream) -> None:
-        """Tells whoever still holds something of the attempt to let it go."""
+        """Tells whoever still may hold something of the attempt to let it go."""
         for instance_id in stream.holders:
-            await self._bus.publish(subjects.instance(instance_id, "cancel"), Cancel(request_ids=[stream.request_id]))
+            await self._tell_to_cancel(instance_id, stream.request_id)
+
+    async def _tell_to_cancel(self, instance_id: str, request_id: str) -> None:
+        await self._bus.publish(subjects.instance(instance_id, "cancel"), Cancel(request_ids=[request_id]))
 
     def _patience_s(self, generation: Generation) -> float:
         left = generation.deadline - time.time()

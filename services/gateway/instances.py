@@ -16,11 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Instances:
-    """Watches one group. `on_lost` hears the id of each that has ended or whose heartbeat has become late."""
+    """Watches one group's instances of one model. `on_lost` hears the id of each whose heartbeat has become late."""
 
-    def __init__(self, registry: Registry, group: str, late_after_s: float, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self, registry: Registry, group: str, model: str, late_after_s: float, on_lost: Callable[[str], None]
+    ) -> None:
         self._registry = registry
         self._group = group
+        self._model = model
         self._on_lost = on_lost
         self._view = View(late_after_s, {})
 
@@ -40,15 +43,16 @@ class Instances:
     async def read(self) -> None:
         """Reads once; a registry that is away leaves everything as it was."""
         try:
-            records = await self._registry.instances(self._group)
+            members = await self._registry.instances(self._group)
         except RegistryUnavailable as error:
             log.warning("going on with the instances known so far: %s", error)
             return
+        records = [one for one in members if one.model == self._model]
         before = self._view.alive()
         self._view = self._view.updated(records, time.monotonic())
         for gone in before.keys() - self._view.alive().keys():
             if gone in self._view.seen:
                 log.warning("instance %s is lost: its heartbeat is late", gone)
+                self._on_lost(gone)
             else:
-                log.info("instance %s has ended", gone)
-            self._on_lost(gone)
+                log.info("instance %s has ended, and given up what it held", gone)

@@ -76,8 +76,10 @@ class NatsApi:
 
     def _end(self, request_id: str, why: RequestError) -> None:
         answering = self._answering.get(request_id)
-        if answering is not None and answering.task is not None and answering.ended_by is None:
-            answering.ended_by = why
+        if answering is None or answering.ended_by is not None:
+            return
+        answering.ended_by = why
+        if answering.task is not None:
             answering.task.cancel()
 
     async def _on_cancel(self, incoming: Incoming) -> None:
@@ -100,13 +102,17 @@ class NatsApi:
             await self._fail(answering, error)
             return
         self._answering[answering.id] = answering
-        answering.task = self._tasks.create_task(self._answer(request, answering, incoming))
+        self._tasks.create_task(self._answer(request, answering, incoming))
 
     async def _answer(self, request: GenerateRequest, answering: Answering, incoming: Incoming) -> None:
         """Serves one request; whatever happens, its inbox gets one terminal message."""
         code = "ok"
         self._api.metrics.in_flight.labels(ENDPOINT).inc()
+        # Only now: a task that is cancelled before it has begun never begins, and nobody would be told.
+        answering.task = asyncio.current_task()
         try:
+            if answering.ended_by is not None:
+                raise answering.ended_by
             with self._api.tracer.start_as_current_span("generate", incoming.trace_context):
                 await self._generate(request, answering)
         except RequestError as error:

@@ -18,6 +18,20 @@ def order(
     return sorted(candidates, key=lambda one: (num_open.get(one.id, 0), tie.random()))
 
 
-def can_hand_over(fingerprint: str, to: InstanceRecord) -> bool:
-    """Whether KV made under `fingerprint` can be used by `to`: same weights, dtype and layout."""
-    return to.fingerprint == fingerprint
+def can_decode(fingerprint: str | None, instance: InstanceRecord) -> bool:
+    """Whether `instance` can go on with KV made under `fingerprint`: same weights, dtype and layout."""
+    return instance.fingerprint == fingerprint
+
+
+def can_prefill(
+    fingerprint: str | None, num_tokens: int, decoders: Iterable[InstanceRecord], instance: InstanceRecord
+) -> bool:
+    """Whether `instance` can begin a request of `num_tokens` tokens at its end that some of `decoders` can go on with.
+
+    A request that has begun keeps its `fingerprint`; one that has not has None.
+    """
+    return (
+        fingerprint in (None, instance.fingerprint)
+        and num_tokens <= instance.max_model_len
+        and any(can_decode(instance.fingerprint, one) for one in decoders)
+    )

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 import uvicorn
 
+from services.gateway import policy
 from services.gateway.api import ApiContext
 from services.gateway.generation import Generator
 from services.gateway.instances import Instances
@@ -63,20 +64,13 @@ class Gateway:
         self._records = records
         self._started_at = time.time()
         self._streams = Streams(bus, gateway_id)
-        self._instances = Instances(records, settings.group, settings.heartbeat_late_s, self._streams.lose)
-        self._prefill_line, self._decode_line = (
-            Line(
-                bus,
-                role,
-                self._instances.ready,
-                self._streams.num_open,
-                answer_timeout_s=settings.answer_timeout_s,
-                instance_wait_s=settings.instance_wait_s,
-                max_waiting=settings.max_waiting,
-            )
-            for role in ("prefill", "decode")
+        self._instances = Instances(
+            records, settings.group, settings.served_model_name, settings.heartbeat_late_s, self._streams.lose
         )
-        self._generator = Generator(settings, bus, self._streams, self._prefill_line, self._decode_line)
+        ready = self._instances.ready
+        self._prefill_line = Line(bus, "prefill", ready, self._streams.num_open, settings)
+        self._decode_line = Line(bus, "decode", ready, self._streams.num_open, settings)
+        self._generator = Generator(settings, bus, self._streams, ready, self._prefill_line, self._decode_line)
         self._api = ApiContext(
             core=self,
             tokenizer=tokenizer,
@@ -98,8 +92,13 @@ class Gateway:
     def not_ready(self) -> str | None:
         if not self._bus.connected:
             return "the connection to NATS is lost"
-        missing = [role for role in ("prefill", "decode") if not self._instances.ready(role)]
-        return f"no {' and no '.join(missing)} instance is ready" if missing else None
+        prefills, decoders = self._instances.ready("prefill"), self._instances.ready("decode")
+        missing = [role for role, found in (("prefill", prefills), ("decode", decoders)) if not found]
+        if missing:
+            return f"no {' and no '.join(missing)} instance of {self._settings.served_model_name} is ready"
+        if not any(policy.can_prefill(None, 0, decoders, one) for one in prefills):
+            return "no decode instance has the weights, dtype and KV layout of a prefill instance"
+        return None
 
     async def run(self, lifetime: Lifetime) -> None:
         """Serves until the lifetime ends, then drains."""

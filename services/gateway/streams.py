@@ -28,7 +28,7 @@ class Stream:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.holders: set[str] = set()
-        """Instances that hold something of the request and are missed if they are lost."""
+        """Instances that hold something of the request, or may: they are heard, missed if lost, told to cancel."""
         self._events: asyncio.Queue[Prefilled | OutputToken | Exception] = asyncio.Queue()
 
     def put(self, event: Prefilled | OutputToken | Exception) -> None:
@@ -37,13 +37,15 @@ class Stream:
     async def prefilled(self, timeout_s: float) -> Prefilled:
         """The end of prefill. Raises `AttemptFailed` or a `RequestError` instead where there is none."""
         event = await self._next(timeout_s)
-        assert isinstance(event, Prefilled)
+        if not isinstance(event, Prefilled):
+            raise AttemptFailed("a token of decode came where the end of prefill was due")
         return event
 
     async def token(self, timeout_s: float) -> OutputToken:
         """The next token of decode. Raises likewise."""
         event = await self._next(timeout_s)
-        assert isinstance(event, OutputToken)
+        if not isinstance(event, OutputToken):
+            raise AttemptFailed("the end of prefill came where a token of decode was due")
         return event
 
     async def _next(self, timeout_s: float) -> Prefilled | OutputToken:
@@ -85,15 +87,18 @@ class Streams:
         """One event from an instance. Whoever still works for a request that is over is told to cancel it."""
         if verb == "tokens":
             step = incoming.parse(StepTokens)
-            strangers = [token.request_id for token in step.tokens if not self._give(token.request_id, token)]
+            strangers = [
+                token.request_id for token in step.tokens if not self._give(step.instance_id, token.request_id, token)
+            ]
             await self._cancel(step.instance_id, strangers)
         elif verb == "prefilled":
             prefilled = incoming.parse(Prefilled)
-            if not self._give(prefilled.token.request_id, prefilled) and prefilled.lease is not None:
-                await self._cancel(prefilled.instance_id, [prefilled.token.request_id])
+            request_id = prefilled.token.request_id
+            if not self._give(prefilled.instance_id, request_id, prefilled) and prefilled.lease is not None:
+                await self._cancel(prefilled.instance_id, [request_id])
         elif verb == "failed":
             failed = incoming.parse(Failed)
-            self._give(failed.request_id, _as_exception(failed))
+            self._give(failed.instance_id, failed.request_id, _as_exception(failed))
 
     def lose(self, instance_id: str) -> None:
         """Fails every attempt of which the instance holds something."""
@@ -107,11 +112,13 @@ class Streams:
             if stream.holders:
                 stream.put(AttemptFailed("the connection to the bus was lost for a while", counts=False))
 
-    def _give(self, request_id: str, event: Prefilled | OutputToken | Exception) -> bool:
+    def _give(self, instance_id: str, request_id: str, event: Prefilled | OutputToken | Exception) -> bool:
+        """Whether the stream is open and the instance one that may speak to it: what others say came too late."""
         stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.put(event)
-        return stream is not None
+        if stream is None or instance_id not in stream.holders:
+            return False
+        stream.put(event)
+        return True
 
     async def _cancel(self, instance_id: str, request_ids: list[str]) -> None:
         if request_ids:
@@ -121,4 +128,4 @@ class Streams:
 def _as_exception(failed: Failed) -> Exception:
     if failed.error.code == DeadlineExceeded.code:
         return DeadlineExceeded(failed.error.message)
-    return AttemptFailed(f"{failed.instance_id}: {failed.error.message}")
+    return AttemptFailed(f"{failed.instance_id}: {failed.error.message}", counts=failed.counts)

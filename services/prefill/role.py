@@ -4,6 +4,7 @@ A slot is held from acceptance until the KV is fetched, so that slow decoding sh
 on-demand forwarding), and there is no queue in which a request could be stuck.
 """
 
+import secrets
 import time
 
 from opentelemetry import trace
@@ -67,14 +68,14 @@ class PrefillRole(Role):
         layout = parts.loaded.layout
         num_tokens = held.sequence.num_computed_tokens
         num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
+        held.lease_id = secrets.token_urlsafe(16)
         lease = Lease(
-            lease_id=held.request_id,
+            lease_id=held.lease_id,
             num_tokens=num_tokens,
             views=parts.pool.byte_views(held.sequence.blocks, num_bytes),
             expires_at=min(held.deadline, time.time() + parts.settings.lease_s),
             let_go=lambda fetched: self.forget(held),
         )
-        held.leased = True
         held.span.set_attribute(tracing.KV_BYTES, num_bytes)
         parts.holder.hold(lease)
         return KVLease(

@@ -145,10 +145,12 @@ class Bus:
                 "raise max_payload of NATS"
             )
         try:
-            msg = await self._client.request(subject, payload, timeout=timeout_s, headers=_headers(deadline))
+            # Not the client's own timeout: `wait_for`, on which it stands, swallows cancellations before Python 3.12.
+            async with asyncio.timeout(timeout_s):
+                msg = await self._client.request(subject, payload, timeout=None, headers=_headers(deadline))  # type: ignore[arg-type]
         except nats.errors.NoRespondersError as error:
             raise PeerUnavailable(f"nobody listens on {subject}") from error
-        except (nats.errors.TimeoutError, nats.errors.OutboundBufferLimitError) as error:
+        except (TimeoutError, nats.errors.OutboundBufferLimitError) as error:
             raise PeerUnavailable(f"no answer on {subject} within {timeout_s} s") from error
         return Incoming(msg).parse(answer)
 

@@ -133,6 +133,8 @@ class Failed(Message):
     instance_id: str
     request_id: str
     error: ErrorBody
+    counts: bool = True
+    """Whether it speaks against trying again for ever; not where the instance merely ends, or is short of room."""
 
 
 class GroupStatus(Message):
@@ -165,12 +167,15 @@ class Status(Message):
 class ApiMessage(BaseModel):
     """A message of the public request API: unknown fields are refused, so that a misspelt one is noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ChatMessage(ApiMessage):
     role: str
     content: str
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class GenerateRequest(ApiMessage):
@@ -184,7 +189,7 @@ class GenerateRequest(ApiMessage):
     model: str | None = None
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float | None = None
@@ -195,10 +200,10 @@ class GenerateRequest(ApiMessage):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
     logprobs: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     timeout_s: float | None = None
 

@@ -13,6 +13,9 @@ from shared.engine.adjust import adjust
 from shared.engine.sequence import Sequence
 from shared.engine.truncate import truncate
 
+LOWEST = -1e30
+"""Stands in for logits that are no number; far below any that is, and far above what arithmetic would make infinite."""
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the likeliest token; dividing by them would overflow."""
 
@@ -30,11 +33,12 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     """Choose the next token of N sequences.
 
     Args:
-        logits: fp32 [N, V]; they are overwritten.
+        logits: fp32 [N, V]; they are overwritten. A model that overflows gives NaN: such tokens are never chosen.
         sequences: their sequences, still without the new token.
     """
     if not sequences:
         return []
+    logits.nan_to_num_(nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
     with_logprobs = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
     adjust(logits, sequences)
@@ -65,7 +69,8 @@ def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     target = torch.tensor(uniforms, dtype=torch.float64) * total
     tokens = torch.searchsorted(cumulative, target, right=True)
     # Rounding can bring the target up to the total; the last token that has any probability is then the one meant.
-    return torch.minimum(tokens, torch.searchsorted(cumulative, total)).squeeze(1)
+    # Where nothing may be drawn at all, every comparison fails, and the last token of the vocabulary stands for it.
+    return torch.minimum(tokens, torch.searchsorted(cumulative, total)).clamp_(max=logits.shape[1] - 1).squeeze(1)
 
 
 def uniform(seed: int, index: int) -> float:

@@ -6,7 +6,8 @@ from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Failed, Message, OutputToken, Prefilled, StepTokens, TokenLogprobs, TopLogprob
 from shared.engine.sequence import NewToken
-from shared.errors import ErrorBody, RequestError
+from shared.errors import RequestError
+from shared.sampling import LEAST_LOGPROB
 
 
 class Outbox:
@@ -22,9 +23,9 @@ class Outbox:
     async def tokens(self, gateway_id: str, tokens: Iterable[OutputToken]) -> None:
         await self._send(gateway_id, "tokens", StepTokens(instance_id=self.instance_id, tokens=list(tokens)))
 
-    async def failed(self, gateway_id: str, request_id: str, error: RequestError) -> None:
-        body: ErrorBody = error.body
-        await self._send(gateway_id, "failed", Failed(instance_id=self.instance_id, request_id=request_id, error=body))
+    async def failed(self, gateway_id: str, request_id: str, error: RequestError, *, counts: bool) -> None:
+        event = Failed(instance_id=self.instance_id, request_id=request_id, error=error.body, counts=counts)
+        await self._send(gateway_id, "failed", event)
 
     async def _send(self, gateway_id: str, verb: str, event: Message) -> None:
         told = subjects.instance(self.instance_id, subjects.gone(gateway_id))
@@ -35,8 +36,8 @@ def output_token(token: NewToken) -> OutputToken:
     """The engine's token as it travels."""
     logprobs = None
     if token.logprob is not None:
-        top = [TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
-        logprobs = TokenLogprobs(logprob=token.logprob, top=top)
+        top = [TopLogprob(token_id=token_id, logprob=max(value, LEAST_LOGPROB)) for token_id, value in token.top]
+        logprobs = TokenLogprobs(logprob=max(token.logprob, LEAST_LOGPROB), top=top)
     return OutputToken(
         request_id=token.request_id,
         index=token.index,

@@ -167,12 +167,12 @@ class Instance:
     def _on_crash(self, error: BaseException) -> None:
         log.error("the engine failed", exc_info=error)
         self.lifetime.fail(f"the engine failed: {error!r}")
-        self.role.fail_all("the engine of this instance failed")
+        self.role.fail_all("the engine of this instance failed", counts=True)
 
     async def _drain(self) -> None:
         """Lets what is held end by itself for a while, then gives it up, and waits until nothing is held."""
         await self._until_idle(0.0 if self.lifetime.failed else self.settings.drain_timeout_s)
-        self.role.fail_all("this instance is ending")
+        self.role.fail_all("this instance is ending", counts=False)
         await self._until_idle(self.settings.stall_timeout_s)
 
     async def _until_idle(self, timeout_s: float) -> None:

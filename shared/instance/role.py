@@ -64,7 +64,8 @@ class Held:
     deadline: float
     span: Span
     in_engine: bool = False
-    leased: bool = False
+    lease_id: str | None = None
+    """The only key to its KV, while that waits to be fetched."""
     transfer: asyncio.Task[None] | None = None
     ending: bool = False
 
@@ -109,28 +110,28 @@ class Role(ABC):
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         """What one engine step generated."""
 
-    def end_all(self, several: Iterable[Held], error: RequestError | None = None) -> None:
+    def end_all(self, several: Iterable[Held], error: RequestError | None = None, *, counts: bool = True) -> None:
         for held in list(several):
-            self.end(held, error)
+            self.end(held, error, counts=counts)
 
-    def end(self, held: Held, error: RequestError | None = None) -> None:
+    def end(self, held: Held, error: RequestError | None = None, *, counts: bool = True) -> None:
         """Begins to let a request go, whatever it is at; tells its gateway why, if there is a reason to tell."""
         if held.ending:
             return
         held.ending = True
-        self.parts.tasks.create_task(self._let_go(held, error))
+        self.parts.tasks.create_task(self._let_go(held, error, counts))
 
-    def fail_all(self, why: str) -> None:
+    def fail_all(self, why: str, *, counts: bool) -> None:
         """Gives all requests up: their gateways take them elsewhere."""
-        self.end_all(self._held.values(), InstanceFailed(why))
+        self.end_all(self._held.values(), InstanceFailed(why), counts=counts)
 
     def bus_came_back(self) -> None:
         """Gives up what may have lost a message, and what has just ended, since its last message may be lost too."""
         error = InstanceFailed("the connection to the bus was lost for a while")
         for request_id, gateway_id in self._ended:
-            self.parts.tasks.create_task(self.parts.outbox.failed(gateway_id, request_id, error))
+            self.parts.tasks.create_task(self.parts.outbox.failed(gateway_id, request_id, error, counts=False))
         self._ended.clear()
-        self.fail_all(error.message)
+        self.fail_all(error.message, counts=False)
 
     def sweep(self, now: float) -> None:
         """Ends the requests whose deadline has passed."""
@@ -208,17 +209,17 @@ class Role(ABC):
         self._ended.append((held.request_id, held.gateway_id))
         held.span.end()
 
-    async def _let_go(self, held: Held, error: RequestError | None) -> None:
+    async def _let_go(self, held: Held, error: RequestError | None, counts: bool) -> None:
         if error is not None:
             log.warning("request %s is given up: %s", held.request_id, error.message)
-            await self.parts.outbox.failed(held.gateway_id, held.request_id, error)
+            await self.parts.outbox.failed(held.gateway_id, held.request_id, error, counts=counts)
         if held.transfer is not None:
             held.transfer.cancel()
             await asyncio.wait([held.transfer])
         if held.in_engine:
             await self.parts.runner.remove([held.request_id])
-        if held.leased:
-            self.parts.holder.release(held.request_id)
+        if held.lease_id is not None:
+            self.parts.holder.release(held.lease_id)
         else:
             self.forget(held)
 

@@ -98,7 +98,7 @@ class Registry:
 
     async def _run(self, fill: Callable[[Pipeline], object]) -> list:  # type: ignore[type-arg]
         try:
-            async with self._redis.pipeline(transaction=False) as pipe:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S), self._redis.pipeline(transaction=False) as pipe:
                 fill(pipe)
                 return await pipe.execute()
         except (RedisError, OSError, TimeoutError) as error:
@@ -117,8 +117,8 @@ async def connect(url: str, *, ttl_s: float, timeout_s: float) -> AsyncIterator[
             url,
             max_connections=8,
             timeout=COMMAND_TIMEOUT_S,
-            socket_timeout=COMMAND_TIMEOUT_S,
-            socket_connect_timeout=COMMAND_TIMEOUT_S,
+            # `_run` keeps the time: `wait_for`, which redis would use, swallows cancellations before Python 3.12.
+            socket_timeout=None,
             decode_responses=True,
         )
     except ValueError as error:

@@ -126,19 +126,9 @@ class Fleet:
         self.bus = bus
         self.instances: dict[str, Scripted] = {}
         self.streams = Streams(bus, "g")
-        self.prefill_line, self.decode_line = (
-            Line(
-                bus,
-                role,
-                self.ready,
-                self.streams.num_open,
-                answer_timeout_s=settings.answer_timeout_s,
-                instance_wait_s=settings.instance_wait_s,
-                max_waiting=settings.max_waiting,
-            )
-            for role in ("prefill", "decode")
-        )
-        self.generator = Generator(settings, bus, self.streams, self.prefill_line, self.decode_line)
+        self.prefill_line = Line(bus, "prefill", self.ready, self.streams.num_open, settings)
+        self.decode_line = Line(bus, "decode", self.ready, self.streams.num_open, settings)
+        self.generator = Generator(settings, bus, self.streams, self.ready, self.prefill_line, self.decode_line)
 
     def ready(self, role: Role) -> list[InstanceRecord]:
         return [one.record for one in self.instances.values() if one.record.role == role]

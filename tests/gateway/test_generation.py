@@ -6,6 +6,8 @@ from contextlib import aclosing
 
 import pytest
 
+from shared.bus import subjects
+from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, PrefillRequest, StepTokens
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
 from shared.sampling import SamplingParams
@@ -25,7 +27,7 @@ async def test_prefill_then_decode(nats_url: str) -> None:
         assert prefilled.token_ids == PROMPT
         assert decoded.token_ids == PROMPT + expected(PROMPT, 1)
         assert decoded.lease.instance_id == "p"
-        assert (prefill.cancelled, decode.cancelled) == ([], [])
+        assert decode.cancelled == []
 
 
 async def test_a_request_that_ends_with_its_first_token_needs_no_decode(nats_url: str) -> None:
@@ -64,6 +66,7 @@ async def test_the_line_is_first_come_first_served(nats_url: str) -> None:
 async def test_no_slot_before_the_ttft_deadline(nats_url: str) -> None:
     async with fleet(nats_url, ttft_timeout_s=0.3) as one:
         await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        await one.add("d", "decode")
         with pytest.raises(Overloaded, match="no prefill instance had a free slot") as caught:
             await one.generate(PROMPT)
         assert caught.value.retry_after_s
@@ -72,6 +75,7 @@ async def test_no_slot_before_the_ttft_deadline(nats_url: str) -> None:
 async def test_a_line_that_is_too_long_refuses_at_once(nats_url: str) -> None:
     async with fleet(nats_url, ttft_timeout_s=1.0, max_waiting=1) as one:
         await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        await one.add("d", "decode")
         waiting = asyncio.create_task(one.generate(PROMPT))
         await eventually(lambda: one.prefill_line.num_waiting == 1)
         with pytest.raises(Overloaded, match="1 requests wait"):
@@ -195,6 +199,7 @@ class PastDeadline(Scripted):
 async def test_after_enough_failures_the_request_fails(nats_url: str) -> None:
     async with fleet(nats_url, max_attempts=3) as one:
         prefill = await one.add("p", "prefill", kind=AlwaysFails)
+        await one.add("d", "decode")
         with pytest.raises(InstanceFailed, match="3 instances failed"):
             await one.generate(PROMPT)
         assert len(prefill.requests) == 3
@@ -203,6 +208,7 @@ async def test_after_enough_failures_the_request_fails(nats_url: str) -> None:
 async def test_a_deadline_that_an_instance_tells_of_ends_the_request(nats_url: str) -> None:
     async with fleet(nats_url) as one:
         await one.add("p", "prefill", kind=PastDeadline)
+        await one.add("d", "decode")
         with pytest.raises(DeadlineExceeded):
             await one.generate(PROMPT)
 
@@ -210,10 +216,10 @@ async def test_a_deadline_that_an_instance_tells_of_ends_the_request(nats_url: s
 async def test_the_requests_own_deadline(nats_url: str) -> None:
     async with fleet(nats_url) as one:
         prefill = await one.add("p", "prefill", *[NO_SLOT] * 1000)
+        await one.add("d", "decode", kind=FallsSilent)
         with pytest.raises(DeadlineExceeded):
             await one.generate(PROMPT, timeout_s=0.3)
         prefill.answers.clear()
-        await one.add("d", "decode", kind=FallsSilent)
         with pytest.raises(DeadlineExceeded):
             await one.generate(PROMPT, timeout_s=0.5)
 
@@ -228,13 +234,14 @@ async def test_closing_the_generator_cancels_wherever_the_request_is(nats_url: s
                 if token.index == 2:
                     break
         await eventually(lambda: decode.cancelled == ["r.0"])
-        assert prefill.cancelled == []
+        await eventually(lambda: prefill.cancelled == ["r.0"])
         assert len(one.streams) == 0
 
 
 async def test_a_request_that_is_cancelled_while_it_is_asked_for_is_cancelled_there(nats_url: str) -> None:
     async with fleet(nats_url, answer_timeout_s=5.0) as one:
         prefill = await one.add("p", "prefill", None)
+        await one.add("d", "decode")
         work = asyncio.create_task(one.generate(PROMPT))
         await eventually(lambda: prefill.requests)
         work.cancel()
@@ -257,3 +264,65 @@ async def test_tokens_of_a_request_that_nobody_has_are_answered_with_a_cancel(na
         token = token_of(stray, PROMPT)
         await decode.tell("tokens", StepTokens(instance_id="d", tokens=[token]))
         await eventually(lambda: decode.cancelled == ["stray.0"])
+
+
+async def test_a_request_is_not_begun_that_no_decode_instance_can_go_on_with(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        await one.add("d", "decode", fingerprint="other")
+        with pytest.raises(NoInstance):
+            await one.generate(PROMPT)
+        assert prefill.requests == []
+
+
+async def test_a_request_goes_on_with_the_weights_that_it_began_with(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill")
+        await one.add("d", "decode", kind=FailsAfter)
+        other = await one.add("p2", "prefill", fingerprint="other")
+        await one.add("d2", "decode", fingerprint="other")
+        one.instances["p2"].answers = [NO_SLOT] * 1000
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        assert all(request.token_ids == PROMPT for request in other.requests)
+
+
+async def test_a_stream_that_has_begun_stands_before_newcomers_and_is_never_turned_away(nats_url: str) -> None:
+    async with fleet(nats_url, max_waiting=1, instance_wait_s=0.2) as one:
+        await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=FallsSilent)
+        begun = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: decode.requests)
+        prefill = one.instances.pop("p")
+        one.streams.lose("d")
+        await eventually(lambda: one.prefill_line.num_waiting == 1)
+        with pytest.raises(Overloaded):
+            await one.generate([*PROMPT, 9])
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(begun), 0.5)
+        one.instances["p"] = prefill
+        assert await begun == expected(PROMPT, 8)
+
+
+class AnswersLate(Scripted):
+    """Accepts, but says so only after it has been given up; and then prefills all the same."""
+
+    async def handle(self, incoming: Incoming) -> None:
+        await super().handle(incoming)
+        verb, _ = subjects.verb_and_key(incoming.subject)
+        if verb == "cancel" and len(self.cancelled) == 1 and isinstance(self.requests[-1], PrefillRequest):
+            await self.prefilled(self.requests[-1])
+
+
+async def test_what_an_instance_says_that_was_given_up_is_not_heard(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        late = await one.add("p1", "prefill", None, kind=AnswersLate)
+        await one.add("d", "decode")
+
+        async def another_comes() -> None:
+            await eventually(lambda: late.cancelled)
+            await one.add("p2", "prefill")
+
+        coming = asyncio.create_task(another_comes())
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        await coming
+        await eventually(lambda: len(late.cancelled) == 2)

@@ -87,7 +87,9 @@ def streaming(url: str, request: Json) -> Iterator[Streamed]:
         "POST", f"{url}/v1/completions", json={**request, "stream": True}, timeout=TIMEOUT_S, trust_env=False
     ) as response:
         assert response.status_code == 200, response.read()
-        yield Streamed(response.iter_lines(), response.headers["x-request-id"])
+        # Held here too: httpx closes the response once nobody has its lines any more.
+        answer = Streamed(response.iter_lines(), response.headers["x-request-id"])
+        yield answer
 
 
 @contextmanager

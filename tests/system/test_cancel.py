@@ -6,13 +6,11 @@ The requests would go on for minutes if nobody cancelled them: far longer than t
 import asyncio
 import json
 import random
-import shutil
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from shared.settings import DEMO_MODEL
 from tests.conftest import running_system
 from tests.harness import TIMEOUT_S, System, wait_until
 from tests.system.client import (
@@ -26,8 +24,8 @@ from tests.system.client import (
     streaming,
     token_ids,
 )
+from tests.system.models import ENDLESS, endless_model
 
-ENDLESS = 50_000
 LONG_PROMPT = prompt_of(12_000)
 """Many steps of prefill: there is time to see it and to go."""
 
@@ -36,12 +34,8 @@ LONG_PROMPT = prompt_of(12_000)
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A system of one slot each, whose model can go on for very long."""
     folder = tmp_path_factory.mktemp("narrow")
-    model = folder / "demo"
-    shutil.copytree(DEMO_MODEL, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2**17}))
     settings = {"prefill_slots": 1, "decode_slots": 1, "max_step_tokens": 16, "kv_pool_bytes": 2**30}
-    with running_system(folder, model=str(model), settings=settings) as running:
+    with running_system(folder, model=endless_model(folder), settings=settings) as running:
         yield running
 
 
@@ -122,7 +116,7 @@ async def test_many_while_their_kv_is_on_its_way(system: System) -> None:
     """The first token has come, so the KV is about to be fetched, is on the wire, or has just arrived."""
 
     async def go_after_the_first_token(client: httpx.AsyncClient, number: int) -> None:
-        request = greedy(prompt_of(3000, number), 1000, stream=True)
+        request = greedy(prompt_of(1500, number), 2000, stream=True)
         async with client.stream("POST", "/v1/completions", json=request) as response:
             assert response.status_code == 200
             async for line in response.aiter_lines():
@@ -130,7 +124,7 @@ async def test_many_while_their_kv_is_on_its_way(system: System) -> None:
                     break
 
     async with async_client(system) as client, asyncio.TaskGroup() as tasks:
-        for number in range(12):
+        for number in range(8):
             tasks.create_task(go_after_the_first_token(client, number))
 
 

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 from services.gateway.openai.job import Json
 from shared.bus.messages import TokenLogprobs
+from shared.sampling import LEAST_LOGPROB
 from shared.text.vocabulary import Vocabulary
-
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
 
 
 def chat_logprobs(vocabulary: Vocabulary, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Json:
