@@ -119,16 +119,16 @@ async def heartbeats(
             await beat()
 
     await beat()
-    beating = asyncio.get_running_loop().create_task(beat_forever())
-    try:
-        yield beat
-    finally:
-        beating.cancel()
-        await asyncio.wait([beating])
+    async with asyncio.TaskGroup() as tasks:
+        beating = tasks.create_task(beat_forever())
         try:
-            await remove(record(beats + 1))
-        except RegistryUnavailable as error:
-            log.warning("the record could not be removed and will run out: %s", error)
+            yield beat
+        finally:
+            beating.cancel()
+    try:
+        await remove(record(beats + 1))
+    except RegistryUnavailable as error:
+        log.warning("the record could not be removed and will run out: %s", error)
 
 
 def _known_error(group: BaseExceptionGroup[BaseException]) -> PDServeError | None:

@@ -34,14 +34,12 @@ async def serve(settings: ControllerSettings, lifetime: Lifetime) -> None:
             registry.connect(settings.redis_url, ttl_s=settings.record_ttl_s, timeout_s=settings.connect_timeout_s)
         )
         controller = Controller(controller_id, records, settings.heartbeat_late_s)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
         await bus.subscribe(subjects.STATUS, controller.on_status, queue=subjects.CONTROLLERS)
-        watching = asyncio.create_task(controller.watch())
+        watching = tasks.create_task(controller.watch())
         log.info("ready: %s", controller_id)
-        try:
-            await lifetime.until_ending()
-        finally:
-            watching.cancel()
-            await asyncio.wait([watching])
+        await lifetime.until_ending()
+        watching.cancel()
 
 
 class Controller:

@@ -30,6 +30,9 @@ class DecodeRole(Role):
     def slots_total(self) -> int:
         return self.parts.settings.decode_slots
 
+    def close(self) -> None:
+        self._fetcher.close()
+
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(DecodeRequest)
         num_to_generate = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)

@@ -7,17 +7,18 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.gateway.api import ApiContext
 from services.gateway.completion import complete
+from services.gateway.inbox import Inbox
 from services.gateway.metrics import ChoiceTimer
 from services.gateway.sampling import check_prompt, sampling_params
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import (
-    ApiMessage,
     CancelGenerate,
     GenerateChunk,
     GenerateDone,
@@ -29,22 +30,24 @@ from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFoun
 from shared.sampling import FinishReason, SamplingParams
 
 ENDPOINT = "nats"
-UNKNOWN_ID = "-"
+LINGER_S = 5.0
+"""How long an answer that is over is kept in case its last message has to be sent again."""
 DEFAULT_MAX_TOKENS = 16
 """As in the completions API of HTTP."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Answering:
-    """A request of the API that is being answered in `inbox`."""
+    """A request that is being answered. `key` is ours, and unique everywhere; `id` is what the client calls it."""
 
+    key: str
     id: str
-    inbox: str
-    index: int = 0
+    inbox: Inbox
     task: asyncio.Task[None] | None = None
-    ended_by: RequestError | None = field(default=None)
+    ended_by: RequestError | None = None
+    is_over: bool = False
 
 
 class NatsApi:
@@ -56,27 +59,38 @@ class NatsApi:
         self._gateway_id = gateway_id
         self._tasks = tasks
         self._answering: dict[str, Answering] = {}
+        """By key; those that are over stay for a while, as their last message may have to be sent again."""
+        self._stop_taking: Callable[[], Awaitable[None]] | None = None
         self._draining = False
 
     async def subscribe(self) -> None:
-        await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
+        self._bus.on_reconnect(self._bus_came_back)
+        self._stop_taking = await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
         await self._bus.subscribe(subjects.CANCEL, self._on_cancel)
 
-    def client_gone(self, request_id: str) -> None:
-        """Nobody listens to the answer any more."""
-        self._end(request_id, Cancelled("nobody listens in the reply inbox"))
+    def nobody_heard(self, key_and_index: str) -> None:
+        """NATS tells that nobody listened to a message of an answer."""
+        key, _, index = key_and_index.partition(".")
+        if key in self._answering:
+            self._answering[key].inbox.unheard(int(index))
 
     async def drain(self, timeout_s: float) -> None:
-        """Lets requests end for a while, then ends them."""
-        running = [one.task for one in self._answering.values() if one.task is not None]
+        """Takes no more requests, lets those that it has end for a while, then ends them."""
+        self._draining = True
+        if self._stop_taking is not None:
+            await self._stop_taking()
+        running = [one.task for one in self._answering.values() if one.task is not None and not one.is_over]
         if running:
             await asyncio.wait(running, timeout=timeout_s)
-        for request_id in list(self._answering):
-            self._end(request_id, gateway_is_ending())
+        for answering in list(self._answering.values()):
+            self._end(answering, gateway_is_ending())
 
-    def _end(self, request_id: str, why: RequestError) -> None:
-        answering = self._answering.get(request_id)
-        if answering is None or answering.ended_by is not None:
+    def _bus_came_back(self) -> None:
+        for answering in self._answering.values():
+            answering.inbox.bus_came_back()
+
+    def _end(self, answering: Answering, why: RequestError) -> None:
+        if answering.is_over or answering.ended_by is not None:
             return
         answering.ended_by = why
         if answering.task is not None:
@@ -84,25 +98,50 @@ class NatsApi:
 
     async def _on_cancel(self, incoming: Incoming) -> None:
         try:
-            self._end(incoming.parse(CancelGenerate).id, Cancelled("cancelled by the client"))
+            wanted = incoming.parse(CancelGenerate).id
         except InvalidRequest as error:
             log.warning("cannot read a cancel: %s", error.message)
+            return
+        answering = self._running(wanted)
+        if answering is not None:
+            self._end(answering, Cancelled("cancelled by the client"))
 
     async def _on_generate(self, incoming: Incoming) -> None:
         if not incoming.reply_to:
             log.warning("passed over a request without a reply inbox")
             return
-        answering = Answering(UNKNOWN_ID, incoming.reply_to)
+        answering = self._begin(incoming.reply_to)
         try:
             request = incoming.parse(GenerateRequest)
-            answering.id = request.id or f"gen-{secrets.token_hex(12)}"
-            if answering.id in self._answering:
-                raise InvalidRequest(f"a request with the id {answering.id} is being served: take another", param="id")
-        except InvalidRequest as error:
+            if request.id is not None and self._running(request.id) is not None:
+                raise InvalidRequest(f"a request with the id {request.id} is being served: take another", param="id")
+            answering.id = request.id or answering.key
+            if self._draining:
+                raise gateway_is_ending()
+        except RequestError as error:
             await self._fail(answering, error)
+            self._forget_later(answering)
+            self._api.metrics.requests.labels(ENDPOINT, error.code).inc()
             return
-        self._answering[answering.id] = answering
         self._tasks.create_task(self._answer(request, answering, incoming))
+
+    def _begin(self, reply_to: str) -> Answering:
+        key = f"gen-{secrets.token_hex(12)}"
+        told = subjects.gateway(self._gateway_id, subjects.gone(key))
+
+        def on_gone() -> None:
+            self._end(self._answering[key], Cancelled("nobody listens in the reply inbox"))
+
+        answering = Answering(key, key, Inbox(self._bus, reply_to, told, self._tasks, on_gone))
+        self._answering[key] = answering
+        return answering
+
+    def _running(self, request_id: str) -> Answering | None:
+        return next((one for one in self._answering.values() if one.id == request_id and not one.is_over), None)
+
+    def _forget_later(self, answering: Answering) -> None:
+        answering.is_over = True
+        asyncio.get_running_loop().call_later(LINGER_S, self._answering.pop, answering.key)
 
     async def _answer(self, request: GenerateRequest, answering: Answering, incoming: Incoming) -> None:
         """Serves one request; whatever happens, its inbox gets one terminal message."""
@@ -130,7 +169,7 @@ class NatsApi:
             if answering.ended_by is None:
                 raise
         finally:
-            del self._answering[answering.id]
+            self._forget_later(answering)
             self._api.metrics.in_flight.labels(ENDPOINT).dec()
             self._api.metrics.requests.labels(ENDPOINT, code).inc()
 
@@ -141,9 +180,7 @@ class NatsApi:
         prompt_token_ids, sampling = await self._read(request)
         num_tokens = 0
         finish_reason: FinishReason | None = None
-        # Not the client's id: that is unique in this gateway only.
-        request_id = f"gen-{secrets.token_hex(12)}"
-        tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=request_id, deadline=deadline)
+        tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=answering.key, deadline=deadline)
         deltas = complete(
             tokens, detokenizer=self._api.tokenizer.detokenizer(), stop=_stop(request), min_tokens=request.min_tokens
         )
@@ -154,12 +191,12 @@ class NatsApi:
                 finish_reason = delta.finish_reason
                 chunk = GenerateChunk(
                     id=answering.id,
-                    index=answering.index,
+                    index=answering.inbox.index,
                     text=delta.text,
                     token_ids=delta.token_ids,
                     logprobs=delta.logprobs or None,
                 )
-                await self._send(answering, chunk)
+                await answering.inbox.send(chunk)
         assert finish_reason is not None, "complete() ends with a finish reason or raises"
         timer.end()
         usage = GenerateUsage(
@@ -167,8 +204,8 @@ class NatsApi:
             completion_tokens=num_tokens,
             total_tokens=len(prompt_token_ids) + num_tokens,
         )
-        done = GenerateDone(id=answering.id, index=answering.index, finish_reason=finish_reason, usage=usage)
-        await self._send(answering, done)
+        done = GenerateDone(id=answering.id, index=answering.inbox.index, finish_reason=finish_reason, usage=usage)
+        await answering.inbox.send(done)
 
     async def _read(self, request: GenerateRequest) -> tuple[list[int], SamplingParams]:
         """The prompt's tokens and complete sampling parameters."""
@@ -211,12 +248,8 @@ class NatsApi:
         return param, request.prompt_token_ids
 
     async def _fail(self, answering: Answering, error: RequestError) -> None:
-        await self._send(answering, GenerateFailed(id=answering.id, index=answering.index, error=error.body))
-
-    async def _send(self, answering: Answering, message: ApiMessage) -> None:
-        told = subjects.gateway(self._gateway_id, subjects.gone(answering.id))
-        answering.index += 1
-        await self._bus.publish(answering.inbox, message, tell_if_gone=told)
+        failed = GenerateFailed(id=answering.id, index=answering.inbox.index, error=error.body)
+        await answering.inbox.send(failed)
 
 
 def _stop(request: GenerateRequest) -> list[str]:

@@ -142,7 +142,7 @@ class Gateway:
         verb, key = subjects.verb_and_key(incoming.subject)
         try:
             if verb == "gone" and incoming.nobody_listens:
-                self._nats_api.client_gone(key)
+                self._nats_api.nobody_heard(key)
             else:
                 await self._streams.on_message(verb, incoming)
         except RequestError as error:

@@ -27,6 +27,7 @@ STATUS = "Status"
 NO_RESPONDERS = "503"
 
 RECONNECT_WAIT_S = 0.1
+FLUSH_TIMEOUT_S = 2.0
 SLOW_CONSUMER_MESSAGES = 65536
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
@@ -154,21 +155,28 @@ class Bus:
             raise PeerUnavailable(f"no answer on {subject} within {timeout_s} s") from error
         return Incoming(msg).parse(answer)
 
-    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> None:
-        """Calls `handler` for one message after another; it must not wait for peers. Live when this returns."""
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], Awaitable[None]]:
+        """Calls `handler` for one message after another; it must not wait for peers. Live when this returns.
+
+        Returns a way to end it: no more messages come, and those that have are handled.
+        """
 
         async def on_message(msg: Msg) -> None:
             await handler(Incoming(msg))
 
-        await self._client.subscribe(subject, queue=queue, cb=on_message, pending_msgs_limit=SLOW_CONSUMER_MESSAGES)
+        subscription = await self._client.subscribe(
+            subject, queue=queue, cb=on_message, pending_msgs_limit=SLOW_CONSUMER_MESSAGES
+        )
         await self._client.flush()
-
-    async def unsubscribe_all(self) -> None:
-        """Ends what `subscribe` began, after the messages that have arrived are handled."""
-        await self._client.drain()
+        return subscription.drain
 
     async def flush(self) -> None:
-        await self._client.flush()
+        """Returns when the server has handled all that was sent before; at once while it is away."""
+        if self._client.is_connected:
+            try:
+                await self._client.flush(FLUSH_TIMEOUT_S)  # type: ignore[arg-type]
+            except nats.errors.Error as error:
+                log.warning("bus: %r", error)
 
 
 @asynccontextmanager
@@ -186,6 +194,8 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
             log.error("messages were lost: this process is too slow for %s", error)
         elif client.is_connected:
             log.warning("bus: %r", error)
+        else:
+            log.debug("bus: %r", error)
 
     async def on_disconnect() -> None:
         if not client.is_closed and not client.is_draining:

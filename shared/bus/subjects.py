@@ -28,7 +28,7 @@ def instance(instance_id: str, verb: str) -> str:
 
 
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request id>`."""
+    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request>.<index>`."""
     return f"{PREFIX}.gateway.{gateway_id}.{verb}"
 
 

@@ -118,6 +118,7 @@ class Instance:
                 await self._drain()
             for task in working:
                 task.cancel()
+            self.role.close()
 
     def record(self, heartbeat: int) -> InstanceRecord:
         """This instance's record as of now."""

@@ -138,6 +138,9 @@ class Role(ABC):
         late = [held for held in self._held.values() if held.deadline <= now]
         self.end_all(late, DeadlineExceeded("the request's deadline has passed"))
 
+    def close(self) -> None:  # noqa: B027 - most roles have nothing to close
+        """Lets go of what the role keeps between requests."""
+
     async def idle(self) -> None:
         """Returns once nothing is held."""
         while self._held:

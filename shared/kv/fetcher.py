@@ -71,11 +71,16 @@ class KVFetcher:
         return await _connect(peer, self._stall_timeout_s)
 
     def _keep(self, peer: tuple[str, int], connection: socket.socket) -> None:
-        idle = self._idle.setdefault(peer, [])
-        if len(idle) < MAX_IDLE_PER_PEER:
-            idle.append(connection)
-        else:
-            connection.close()
+        """Keeps a connection for the next fetch, and lets go of those whose peers have gone meanwhile."""
+        self._idle.setdefault(peer, []).append(connection)
+        for other, connections in list(self._idle.items()):
+            kept = [one for one in connections if _is_open(one)][-MAX_IDLE_PER_PEER:]
+            for one in connections:
+                if one not in kept:
+                    one.close()
+            self._idle[other] = kept
+            if not kept:
+                del self._idle[other]
 
 
 async def _connect(peer: tuple[str, int], timeout_s: float) -> socket.socket:
@@ -85,8 +90,7 @@ async def _connect(peer: tuple[str, int], timeout_s: float) -> socket.socket:
             [(family, kind, proto, _, address), *_] = await loop.getaddrinfo(*peer, type=socket.SOCK_STREAM)
             connection = socket.socket(family, kind, proto)
             try:
-                connection.setblocking(False)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                wire.set_up(connection)
                 await loop.sock_connect(connection, address)
             except BaseException:
                 connection.close()

@@ -19,6 +19,7 @@ from shared.kv import wire
 from shared.kv.layout import KVLayout
 
 SWEEP_S = 0.25
+ACCEPT_AGAIN_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class KVHolder:
         self._layout = layout
         self._stall_timeout_s = stall_timeout_s
         self._leases: dict[str, Lease] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._server = _listen(host, port)
         self.host = advertise_host or advertised(host)
         self.port: int = self._server.getsockname()[1]
@@ -73,35 +74,36 @@ class KVHolder:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator["KVHolder"]:
-        """Serves fetches and ends leases whose time is over, until the block ends."""
-        self._start(self._accept())
-        self._start(self._sweep())
-        try:
-            yield self
-        finally:
-            self._server.close()
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Serves fetches and ends leases whose time is over, until the block ends. A fault in this ends the block."""
+        async with asyncio.TaskGroup() as tasks:
+            working = [tasks.create_task(self._accept(tasks)), tasks.create_task(self._sweep())]
+            try:
+                yield self
+            finally:
+                self._server.close()
+                for task in (*working, *self._serving):
+                    task.cancel()
 
-    def _start(self, work: "asyncio._CoroutineLike[None]") -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self) -> None:
+    async def _accept(self, tasks: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._server)
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._start(self._serve(connection))
+            try:
+                connection, _ = await loop.sock_accept(self._server)
+            except OSError as error:
+                log.error("no connection for KV can be accepted: %s", error)
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            wire.set_up(connection)
+            serving = tasks.create_task(self._serve(connection))
+            self._serving.add(serving)
+            serving.add_done_callback(self._serving.discard)
 
     async def _serve(self, connection: socket.socket) -> None:
         with connection:
             try:
                 while True:
-                    request = await wire.receive_frame(connection, wire.FetchRequest, None)
+                    await wire.until_readable(connection)
+                    request = await wire.receive_frame(connection, wire.FetchRequest, self._stall_timeout_s)
                     await self._serve_fetch(connection, request)
             except TransferFailed as error:
                 log.debug("a KV connection ended: %s", error)

@@ -71,7 +71,25 @@ async def send_frame(sock: socket.socket, frame: Frame, stall_timeout_s: float) 
     await _send(sock, memoryview(struct.pack(">I", len(data)) + data), stall_timeout_s)
 
 
-async def receive_frame(sock: socket.socket, kind: type[AnyFrame], timeout_s: float | None) -> AnyFrame:
+def set_up(sock: socket.socket) -> None:
+    """Makes a socket fit for this protocol: frames go out at once, and a host that vanished is noticed in the end."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+async def until_readable(sock: socket.socket) -> None:
+    """Waits for the first byte of the next frame for as long as the peer is there, and leaves it where it is."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(sock)
+
+
+async def receive_frame(sock: socket.socket, kind: type[AnyFrame], timeout_s: float) -> AnyFrame:
     """The next frame.
 
     Raises:
@@ -116,7 +134,7 @@ async def _send(sock: socket.socket, data: memoryview, timeout_s: float) -> None
         raise TransferFailed(f"the connection broke: {error}") from error
 
 
-async def _receive(sock: socket.socket, into: memoryview, timeout_s: float | None) -> None:
+async def _receive(sock: socket.socket, into: memoryview, timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):

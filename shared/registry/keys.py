@@ -4,9 +4,9 @@
 |--------------------------------|------|----------------------------------------------|-----------------------|
 | pdserve:v1:instance:<id>       | str  | InstanceRecord as JSON                       | the instance          |
 | pdserve:v1:gateway:<id>        | str  | GatewayRecord as JSON                        | the gateway           |
-| pdserve:v1:groups              | zset | group names, scored by last renewal (Unix s) | instances of it       |
-| pdserve:v1:group:<name>        | zset | instance ids, scored likewise                | instances of it       |
-| pdserve:v1:gateways            | zset | gateway ids, scored likewise                 | gateways              |
+| pdserve:v1:groups              | set  | group names                                  | instances of it       |
+| pdserve:v1:group:<name>        | set  | instance ids                                 | instances of it       |
+| pdserve:v1:gateways            | set  | gateway ids                                  | gateways              |
 """
 
 PREFIX = "pdserve:v1"

@@ -59,41 +59,39 @@ class Registry:
         await self._remove(keys.gateway(record.id), keys.GATEWAYS, record.id)
 
     async def groups(self) -> list[str]:
-        """The names of all groups with a recent member."""
-        [names] = await self._run(lambda pipe: self._members(pipe, keys.GROUPS))
+        """The names of all groups that have had a member lately."""
+        [names] = await self._run(lambda pipe: pipe.smembers(keys.GROUPS))
         return sorted(names)
 
     async def instances(self, group: str) -> list[InstanceRecord]:
         """The records of a group's instances, by id."""
-        [ids] = await self._run(lambda pipe: self._members(pipe, keys.group(group)))
-        return await self._records(InstanceRecord, [keys.instance(one) for one in sorted(ids)])
+        return await self._records(InstanceRecord, keys.group(group), keys.instance)
 
     async def gateways(self) -> list[GatewayRecord]:
         """The records of all gateways, by id."""
-        [ids] = await self._run(lambda pipe: self._members(pipe, keys.GATEWAYS))
-        return await self._records(GatewayRecord, [keys.gateway(one) for one in sorted(ids)])
+        return await self._records(GatewayRecord, keys.GATEWAYS, keys.gateway)
 
     def _join(self, pipe: Pipeline, key: str, member: str) -> None:
-        """Adds a member to a set and drops those that have not been renewed within a time to live."""
-        now = time.time()
-        pipe.zadd(key, {member: now})
-        pipe.zremrangebyscore(key, "-inf", now - self._ttl_ms / 1000)
+        pipe.sadd(key, member)
         pipe.pexpire(key, self._ttl_ms)
-
-    def _members(self, pipe: Pipeline, key: str) -> None:
-        pipe.zrange(key, 0, -1)
 
     async def _remove(self, name: str, members: str, member: str) -> None:
         def remove(pipe: Pipeline) -> None:
             pipe.delete(name)
-            pipe.zrem(members, member)
+            pipe.srem(members, member)
 
         await self._run(remove)
 
-    async def _records(self, kind: type[AnyRecord], names: list[str]) -> list[AnyRecord]:
+    async def _records(self, kind: type[AnyRecord], members: str, key_of: Callable[[str], str]) -> list[AnyRecord]:
+        """The records of a set's members. Members whose record has run out leave the set: no clock is compared."""
+        [names] = await self._run(lambda pipe: pipe.smembers(members))
         if not names:
             return []
-        [texts] = await self._run(lambda pipe: pipe.mget(names))
+        ordered = sorted(names)
+        [texts] = await self._run(lambda pipe: pipe.mget([key_of(name) for name in ordered]))
+        gone = [name for name, text in zip(ordered, texts, strict=True) if text is None]
+        if gone:
+            await self._run(lambda pipe: pipe.srem(members, *gone))
         return [record for text in texts if text is not None and (record := _parse(kind, text)) is not None]
 
     async def _run(self, fill: Callable[[Pipeline], object]) -> list:  # type: ignore[type-arg]
