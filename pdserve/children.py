@@ -1,4 +1,4 @@
-"""Child processes of `pdserve up`: how they start, are watched, and end. None outlives this process, however it ends."""
+"""Child processes of `pdserve up`: how they start, are watched, and end. None outlives this process."""
 
 import ctypes
 import signal

@@ -20,7 +20,9 @@ class RunFile(BaseModel):
 
 
 def write(folder: Path, run: RunFile) -> None:
+    """Its addresses may hold passwords, so only its owner may read it."""
     path = folder / FOLDER / NAME
+    path.touch(mode=0o600)
     path.write_text(run.model_dump_json(indent=2))
 
 

@@ -22,6 +22,17 @@ class Servers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._nats_port = -1
+
+    def restart_dead(self) -> list[str]:
+        """Starts those that have died again, where they were; their names."""
+        dead = [name for name, process in self.processes.items() if process.poll() is not None]
+        for name in dead:
+            if name == "nats":
+                self.start_nats(self._nats_port)
+            else:
+                self.start_redis()
+        return dead
 
     def start_nats(self, port: int = -1) -> str:
         """Starts a NATS server on a loopback port (-1: a free one) and returns its URL."""
@@ -32,7 +43,9 @@ class Servers:
         command = [_nats_binary(), "-c", config, "-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", ports]
         process = self._start("nats", [str(part) for part in command])
         found = ports / f"nats-server_{process.pid}.ports"
-        return self._wait(process, "nats", lambda: _nats_url(found), BusUnavailable)
+        url = self._wait(process, "nats", lambda: _nats_url(found), BusUnavailable)
+        self._nats_port = int(url.rsplit(":", 1)[1])
+        return url
 
     def start_redis(self) -> str:
         """Starts a Valkey server on a unix socket and returns its URL."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pdserve import runfile
 from shared import settings
+from shared.addresses import shown
 from shared.bus import connection, subjects
 from shared.bus.messages import Message, Status
 from shared.errors import BusUnavailable, PeerUnavailable
@@ -39,7 +40,7 @@ async def ask(nats_url: str) -> Status:
             return await bus.request(subjects.STATUS, Message(), Status, timeout_s=TIMEOUT_S)
         except PeerUnavailable as error:
             raise BusUnavailable(
-                f"no controller answers at {nats_url}: is `python -m services.controller` running?"
+                f"no controller answers at {shown(nats_url)}: is `python -m services.controller` running?"
             ) from error
 
 

@@ -23,6 +23,7 @@ from pdserve.children import Child, Program, last_words, wait_for_exit
 from pdserve.forked import Forked, fork_server
 from pdserve.servers import Servers
 from shared import settings
+from shared.addresses import shown
 from shared.bus import connection
 from shared.errors import PDServeError, SettingsInvalid
 from shared.registry import registry
@@ -67,7 +68,7 @@ def up(wishes: Wishes, folder: Path) -> int:
             nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats()
             redis_url = gateway.redis_url if "redis_url" in given else servers.start_redis()
             asyncio.run(_refuse_absent_servers(nats_url, redis_url))
-            say(f"NATS at {nats_url}, Redis at {redis_url}")
+            say(f"NATS at {shown(nats_url)}, Redis at {shown(redis_url)}")
             children = _children(wishes, gateway, {"nats_url": nats_url, "redis_url": redis_url}, logs)
             for child in children:
                 child.start()
@@ -80,7 +81,7 @@ def up(wishes: Wishes, folder: Path) -> int:
             )
             if _wait_until_ready(gateway, children, asked_to_end, started_at):
                 _say_hello(gateway, time.monotonic() - started_at)
-                _watch(children, asked_to_end)
+                _watch(children, servers, asked_to_end)
             say("draining (Ctrl-C again to end at once)")
         finally:
             _end(children, asked_to_end, gateway.drain_timeout_s + KILL_AFTER_S)
@@ -223,13 +224,15 @@ def _say_hello(gateway: GatewaySettings, elapsed_s: float) -> None:
     say("or, in this folder: pdserve chat, pdserve status. Ctrl-C ends.")
 
 
-def _watch(children: list[Child], asked: Asked) -> None:
+def _watch(children: list[Child], servers: Servers, asked: Asked) -> None:
     """Starts again what dies, at once the first time and with growing pauses if it keeps dying."""
     started = {child.name: time.monotonic() for child in children}
     pause_s = dict.fromkeys(started, 0.0)
     due: dict[str, float] = {}
     while not asked:
         now = time.monotonic()
+        for name in servers.restart_dead():
+            say(f"{name} died: started again")
         for child in children:
             if child.name in due:
                 if now >= due[child.name]:
@@ -254,11 +257,10 @@ def _end(children: list[Child], asked: Asked, patience_s: float) -> None:
     for wave in waves:
         for child in wave:
             child.terminate()
-        asked_before = asked.times
         end = time.monotonic() + patience_s
-        while (alive := wait_for_exit(wave, 0.1)) and time.monotonic() < end and asked.times <= max(asked_before, 1):
+        while (alive := wait_for_exit(wave, 0.1)) and time.monotonic() < end and asked.times < 2:
             pass
         for child in alive:
-            say(f"{child.name} does not end: killed")
+            say(f"{child.name} is killed: {'asked twice' if asked.times >= 2 else 'it does not end'}")
             child.kill()
         wait_for_exit(wave, 5.0)

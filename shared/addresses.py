@@ -1,10 +1,16 @@
 """Under which address others reach a server of this machine."""
 
 import ipaddress
+import re
 import socket
 
 ELSEWHERE = ("192.0.2.1", 9)
 """An address that no network has (RFC 5737), behind the default route."""
+
+
+def shown(url: str) -> str:
+    """A URL as it may be seen: without user and password."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def advertised(host: str) -> str:

@@ -119,6 +119,8 @@ class InstanceSettings(ModelSettings):
     """The longest request in tokens, prompt and answer; 0 takes the model's, or what the pool holds if that is less."""
     prefill_slots: Annotated[int, Field(ge=1)] = 8
     decode_slots: Annotated[int, Field(ge=1)] = 64
+    decode_reserve_tokens: Annotated[int, Field(ge=1)] = 256
+    """For how many tokens a decode instance reserves room at a time."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """The token budget of one engine step."""
     lease_s: Seconds = 30.0

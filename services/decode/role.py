@@ -1,17 +1,18 @@
 """Decode: reserve, accept, fetch the KV in one chunk, decode with the others, tell each gateway once per step.
 
-All blocks that a request can ever need are reserved before it is accepted, so that nothing accepted is ever short of
-memory.
+Room for some hundred tokens is reserved before a request is accepted, and again each time it is used up. A request for
+which there is none then is given up: its gateway takes it, with all its tokens, to where there is room.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 
 from opentelemetry import trace
 from opentelemetry.trace import Span
 
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, KVLease, OutputToken
-from shared.engine.sequence import NewToken, num_kv_tokens
+from shared.engine.sequence import NewToken, Sequence
 from shared.errors import InstanceFailed, TransferFailed
 from shared.instance.outbox import output_token
 from shared.instance.role import Held, InstanceParts, Role
@@ -35,10 +36,8 @@ class DecodeRole(Role):
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(DecodeRequest)
-        num_to_generate = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)
-        num_tokens = num_kv_tokens(
-            len(request.token_ids), request.num_prompt_tokens, request.sampling.max_tokens, num_to_generate
-        )
+        num_to_generate = self._room(request)
+        num_tokens = len(request.token_ids) + num_to_generate - 1
         reason = self.refusal(request, num_tokens=num_tokens, deadline=incoming.deadline)
         if reason is not None:
             return Answer(accepted=False, reason=reason)
@@ -61,10 +60,10 @@ class DecodeRole(Role):
             if held is None:
                 continue
             by_gateway[held.gateway_id].append(output_token(token))
+            held.span.set_attribute(tracing.NUM_OUTPUT_TOKENS, token.index + 1)
             if token.last:
                 held.in_engine = False
-                held.span.set_attribute(tracing.NUM_OUTPUT_TOKENS, token.index + 1)
-                self.end(held)
+                self._grow(held) if token.finish_reason is None else self.end(held)
         for gateway_id, for_gateway in by_gateway.items():
             await self.parts.outbox.tokens(gateway_id, for_gateway)
 
@@ -83,6 +82,30 @@ class DecodeRole(Role):
                 self.end(held, InstanceFailed(f"the KV could not be fetched: {error}"))
                 return
         held.transfer = None
+        held.in_engine = True
+        self.parts.runner.add(held.sequence)
+
+    def _room(self, request: DecodeRequest | Sequence) -> int:
+        """For how many more tokens to reserve blocks now (the last of them needs none)."""
+        num_left = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)
+        return min(num_left, self.parts.settings.decode_reserve_tokens)
+
+    def _grow(self, held: Held) -> None:
+        """Reserves room for the next tokens and goes on; without room gives the request up, to be taken elsewhere."""
+        before = held.sequence
+        num_to_generate = self._room(before)
+        num_blocks = self.parts.loaded.layout.num_blocks(len(before.token_ids) + num_to_generate - 1)
+        more = self.parts.blocks.extend(before.blocks, num_blocks)
+        if more is None:
+            self.end(held, InstanceFailed("the KV pool is full"), counts=False)
+            return
+        held.sequence = replace(
+            before,
+            blocks=more,
+            num_computed_tokens=len(before.token_ids) - 1,
+            num_to_generate=num_to_generate,
+            num_generated=0,
+        )
         held.in_engine = True
         self.parts.runner.add(held.sequence)
 

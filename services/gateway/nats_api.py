@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from opentelemetry.trace import SpanKind, get_current_span
+
 from services.gateway.api import ApiContext
 from services.gateway.completion import complete
 from services.gateway.inbox import Inbox
@@ -28,6 +30,7 @@ from shared.bus.messages import (
 )
 from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFound, RequestError, gateway_is_ending
 from shared.sampling import FinishReason, SamplingParams
+from shared.telemetry import tracing
 
 ENDPOINT = "nats"
 LINGER_S = 5.0
@@ -152,7 +155,9 @@ class NatsApi:
         try:
             if answering.ended_by is not None:
                 raise answering.ended_by
-            with self._api.tracer.start_as_current_span("generate", incoming.trace_context):
+            with self._api.tracer.start_as_current_span(
+                "generate", incoming.trace_context, SpanKind.SERVER, {tracing.REQUEST_ID: answering.key}
+            ):
                 await self._generate(request, answering)
         except RequestError as error:
             code = error.code
@@ -182,7 +187,10 @@ class NatsApi:
         finish_reason: FinishReason | None = None
         tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=answering.key, deadline=deadline)
         deltas = complete(
-            tokens, detokenizer=self._api.tokenizer.detokenizer(), stop=_stop(request), min_tokens=request.min_tokens
+            tokens,
+            detokenizer=self._api.tokenizer.detokenizer(prompt_token_ids),
+            stop=_stop(request),
+            min_tokens=request.min_tokens,
         )
         async with aclosing(deltas):
             async for delta in deltas:
@@ -199,6 +207,9 @@ class NatsApi:
                 await answering.inbox.send(chunk)
         assert finish_reason is not None, "complete() ends with a finish reason or raises"
         timer.end()
+        span = get_current_span()
+        span.set_attribute(tracing.NUM_PROMPT_TOKENS, len(prompt_token_ids))
+        span.set_attribute(tracing.NUM_OUTPUT_TOKENS, num_tokens)
         usage = GenerateUsage(
             prompt_tokens=len(prompt_token_ids),
             completion_tokens=num_tokens,

@@ -19,6 +19,7 @@ from opentelemetry import propagate
 from opentelemetry.context import Context
 from pydantic import BaseModel, ValidationError
 
+from shared.addresses import shown
 from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable, invalid_request
 
 DEADLINE = "Pd-Deadline"
@@ -45,10 +46,6 @@ class Incoming:
     @property
     def reply_to(self) -> str:
         return self._msg.reply
-
-    @property
-    def data(self) -> bytes:
-        return self._msg.data
 
     @property
     def nobody_listens(self) -> bool:
@@ -199,10 +196,10 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
 
     async def on_disconnect() -> None:
         if not client.is_closed and not client.is_draining:
-            log.warning("the connection to NATS at %s is lost; coming back", url)
+            log.warning("the connection to NATS at %s is lost; coming back", shown(url))
 
     async def on_reconnect() -> None:
-        log.warning("the connection to NATS at %s is back", url)
+        log.warning("the connection to NATS at %s is back", shown(url))
         for callback in bus._reconnected:
             callback()
 
@@ -222,7 +219,7 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
     except (nats.errors.Error, OSError, ValueError, TimeoutError) as error:
         cause = client.last_error or error
         raise BusUnavailable(
-            f"no NATS server takes us at {url} ({cause!r}): start one there or set PDSERVE_NATS_URL"
+            f"no NATS server takes us at {shown(url)} ({cause!r}): start one there or set PDSERVE_NATS_URL"
         ) from error
     try:
         yield bus

@@ -8,8 +8,10 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
 import time
 from contextlib import AsyncExitStack
+from typing import Any
 
 from shared import __version__
 from shared.bus import connection, subjects
@@ -46,19 +48,47 @@ async def serve(settings: InstanceSettings, lifetime: Lifetime) -> None:
         records = await stack.enter_async_context(
             registry.connect(settings.redis_url, ttl_s=settings.record_ttl_s, timeout_s=settings.connect_timeout_s)
         )
-        loaded = await asyncio.to_thread(_load, settings)
+        loaded = await _load(settings, lifetime)
+        if loaded is None:
+            return
         instance = Instance(settings, instance_id, loaded, lifetime)
         await instance.run(bus, records)
 
 
-def _load(settings: InstanceSettings) -> LoadedModel:
-    return load_model(
-        settings.model,
-        dtype=settings.dtype,
-        device=settings.device,
-        num_threads=settings.threads or None,
-        block_size=settings.block_size,
-    )
+async def _load(settings: InstanceSettings, lifetime: Lifetime) -> LoadedModel | None:
+    """The model; None if we are asked to end before it is there. Its thread is then left to die with the process."""
+    loop = asyncio.get_running_loop()
+    loading: asyncio.Future[LoadedModel] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = load_model(
+                settings.model,
+                dtype=settings.dtype,
+                device=settings.device,
+                num_threads=settings.threads or None,
+                block_size=settings.block_size,
+            )
+        except ModelRefused as error:
+            loop.call_soon_threadsafe(_settle, loading, error)
+        else:
+            loop.call_soon_threadsafe(_settle, loading, result)
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    ending = loop.create_task(lifetime.until_ending())
+    either: list[asyncio.Future[Any]] = [loading, ending]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    return loading.result() if loading.done() else None
+
+
+def _settle(loading: "asyncio.Future[LoadedModel]", result: "LoadedModel | ModelRefused") -> None:
+    if loading.cancelled():
+        return
+    if isinstance(result, ModelRefused):
+        loading.set_exception(result)
+    else:
+        loading.set_result(result)
 
 
 class Instance:

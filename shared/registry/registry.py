@@ -12,6 +12,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
 
+from shared.addresses import shown
 from shared.errors import RegistryUnavailable
 from shared.registry import keys
 from shared.registry.records import GatewayRecord, InstanceRecord, Record
@@ -121,7 +122,7 @@ async def connect(url: str, *, ttl_s: float, timeout_s: float) -> AsyncIterator[
         )
     except ValueError as error:
         raise RegistryUnavailable(
-            f"{url!r} is no Redis URL ({error}): set PDSERVE_REDIS_URL, e.g. redis://host:6379"
+            f"{shown(url)!r} is no Redis URL ({error}): set PDSERVE_REDIS_URL, e.g. redis://host:6379"
         ) from error
     redis = Redis(connection_pool=pool)
     registry = Registry(redis, ttl_s)
@@ -141,7 +142,7 @@ async def _wait_for(registry: Registry, url: str, timeout_s: float) -> None:
         except RegistryUnavailable as error:
             if time.monotonic() >= end:
                 raise RegistryUnavailable(
-                    f"no Redis answers at {url} ({error.__cause__}): start one there or set PDSERVE_REDIS_URL"
+                    f"no Redis answers at {shown(url)} ({error.__cause__}): start one there or set PDSERVE_REDIS_URL"
                 ) from error
             await asyncio.sleep(RETRY_S)
 

@@ -9,9 +9,7 @@ from shared import __version__
 from shared.settings import tracing_endpoint_is_set
 
 INSTANCE_ID = "pdserve.instance.id"
-GATEWAY_ID = "pdserve.gateway.id"
 REQUEST_ID = "pdserve.request.id"
-ATTEMPT = "pdserve.attempt"
 NUM_PROMPT_TOKENS = "pdserve.num_prompt_tokens"
 NUM_OUTPUT_TOKENS = "pdserve.num_output_tokens"
 NUM_BLOCKS = "pdserve.num_blocks"

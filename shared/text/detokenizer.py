@@ -5,6 +5,7 @@ token turns an earlier character invalid, holds back all text while a model writ
 """
 
 import codecs
+from collections.abc import Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer as Backend
@@ -47,18 +48,19 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For all other tokenizers, whose spaces and byte tokens depend on what stands before them.
 
-    Decodes a window that starts at the last tokens that gave text, and returns by how much it grew: equal to the full
-    decoding unless byte tokens make invalid UTF-8, where the full decoding goes back on characters already out.
+    Decodes a window that starts at the last tokens of what stands before, then at the last that gave text, and returns
+    by how much it grew: equal to the full decoding unless byte tokens make invalid UTF-8, where the full decoding goes
+    back on characters already out.
     """
 
     MAX_HELD_TOKENS = 8
     """Longer than any character in byte tokens: text that still ends in U+FFFD is then invalid, and goes out."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, before: Sequence[int] = ()) -> None:
         self._backend = backend
-        self._window: list[int] = []
-        self._num_given = 0
-        self._given = ""
+        self._window = list(before[-self.MAX_HELD_TOKENS :])
+        self._num_given = len(self._window)
+        self._given = backend.decode(self._window)
 
     def feed(self, token_id: int) -> str:
         self._window.append(token_id)

@@ -76,9 +76,11 @@ class Tokenizer:
         """The text of all tokens at once."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh detokenizer for one generation."""
-        return ByteDetokenizer(self.vocabulary) if self.vocabulary.is_byte_level else WindowDetokenizer(self._backend)
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
+        """A fresh detokenizer for one generation, whose text goes on where the prompt ends."""
+        if self.vocabulary.is_byte_level:
+            return ByteDetokenizer(self.vocabulary)
+        return WindowDetokenizer(self._backend, prompt_token_ids)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
 from services.gateway.openai.body import parse
-from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, make_job
+from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, check_num_choices, make_job
 from services.gateway.openai.logprobs import chat_logprobs
 from services.gateway.openai.schemas import ChatCompletionRequest, ChatMessage
 from services.gateway.openai.unsupported import supported_fields
@@ -20,6 +20,7 @@ async def prepare_chat(api: ApiContext, request_id: str, body: Mapping[str, obje
     """
     request = parse(ChatCompletionRequest, supported_fields(body))
     check_model(api, request.model)
+    check_num_choices(1, request.n)
     messages = [_template_message(message) for message in request.messages]
     token_ids = await api.tokenizer.encode_chat(messages, max_tokens=api.core.max_model_len())
     return make_job(

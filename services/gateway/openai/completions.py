@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
 from services.gateway.openai.body import parse
-from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, make_job
+from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, check_num_choices, make_job
 from services.gateway.openai.logprobs import text_logprobs, token_label
 from services.gateway.openai.schemas import CompletionRequest
 from services.gateway.openai.unsupported import supported_fields
@@ -22,6 +22,7 @@ async def prepare_completions(api: ApiContext, request_id: str, body: Mapping[st
     """
     request = parse(CompletionRequest, supported_fields(body))
     check_model(api, request.model)
+    check_num_choices(len(request.prompt), request.n)
     max_model_len = api.core.max_model_len()
     prompts = [
         await api.tokenizer.encode(prompt, max_tokens=max_model_len) if isinstance(prompt, str) else prompt

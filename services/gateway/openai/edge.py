@@ -18,6 +18,9 @@ from shared.errors import InternalError, RequestError, gateway_is_ending
 GENERATING = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 """Paths whose requests are counted and traced, and their label."""
 
+LAST_WORDS_S = 5.0
+"""How long a client may take to read that its request has failed."""
+
 log = logging.getLogger(__name__)
 propagator = TraceContextTextMapPropagator()
 
@@ -92,11 +95,18 @@ class Edge:
             failure = InternalError("The gateway failed at this request; its log says why, under the request's id.")
         if failure.status >= 500:
             get_current_span().set_status(Status(StatusCode.ERROR, failure.message))
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._tell(failure, scope, receive, answer)
+        except TimeoutError:
+            log.warning("request %s: the client reads nothing", Exchange.of(scope).request_id)
+        if ended is not None:
+            raise ended
+        return failure.code
+
+    async def _tell(self, failure: RequestError, scope: Scope, receive: Receive, answer: Answer) -> None:
         if answer.is_begun:
             # Only streams begin before they are sure to end well.
             await answer.send({"type": "http.response.body", "body": error_event(failure), "more_body": False})
         else:
             await error_response(failure)(scope, receive, answer.send)
-        if ended is not None:
-            raise ended
-        return failure.code

@@ -111,7 +111,7 @@ class Run:
         )
         deltas = complete(
             tokens,
-            detokenizer=self._api.tokenizer.detokenizer(),
+            detokenizer=self._api.tokenizer.detokenizer(choice.prompt_token_ids),
             stop=choice.stop,
             min_tokens=choice.sampling.min_tokens,
         )

@@ -98,6 +98,21 @@ def check_model(api: ApiContext, model: str) -> None:
         raise ModelNotFound(message, param="model")
 
 
+def check_num_choices(num_prompts: int, n: int | None) -> None:
+    """Refuse more choices than a request may have, before work is spent on any of them.
+
+    Raises:
+        InvalidRequest: says how many they are.
+    """
+    num_choices = num_prompts * (n or 1)
+    if num_choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{num_prompts} prompts with n = {n or 1} make {num_choices} choices, but a request may have "
+            f"{MAX_CHOICES}: send several requests.",
+            param="n" if num_prompts == 1 else "prompt",
+        )
+
+
 def make_job(
     api: ApiContext,
     request: GenerationFields,
@@ -122,12 +137,6 @@ def make_job(
         InvalidRequest: among them ContextTooLong.
     """
     n = request.n or 1
-    if n * len(prompts) > MAX_CHOICES:
-        raise InvalidRequest(
-            f"{len(prompts)} prompts with n = {n} make {n * len(prompts)} choices, but a request may have "
-            f"{MAX_CHOICES}: send several requests.",
-            param=param,
-        )
     max_model_len = api.core.max_model_len()
     choices: list[Choice] = []
     for token_ids in prompts:
