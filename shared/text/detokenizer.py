@@ -59,6 +59,8 @@ class WindowDetokenizer:
     def __init__(self, backend: Backend, before: Sequence[int] = ()) -> None:
         self._backend = backend
         self._window = list(before[-self.MAX_HELD_TOKENS :])
+        while self._window and backend.decode(self._window).startswith(REPLACEMENT):
+            del self._window[0]  # not from the middle of a character
         self._num_given = len(self._window)
         self._given = backend.decode(self._window)
 

@@ -5,6 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from shared.engine.adjust import adjust
 from shared.engine.sampler import draw, sample, uniform
@@ -171,3 +174,42 @@ def test_logprobs_are_of_the_unmodified_distribution() -> None:
     assert choices[1].top == []
     assert choices[2].logprob == pytest.approx(float(wanted[2, choices[2].token_id]))
     assert choices[2].top == []
+
+
+@given(
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    temperature=st.floats(0, 2),
+    repetition_penalty=st.floats(0.01, 100),
+    penalties=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    bias=st.dictionaries(st.integers(0, 30), st.floats(-100, 100), max_size=31),
+    stop=st.lists(st.integers(0, 30), max_size=31),
+    logprobs=st.none() | st.integers(0, 20),
+    seed=st.integers(0, 2**64 - 1),
+    logits=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=31, max_size=31),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_accepted_draws_a_token_of_the_vocabulary(
+    logits: list[float], penalties: tuple[float, float], bias: dict[int, float], stop: list[int], **fields: object
+) -> None:
+    """One request's extremes, and a model that overflows, must not take the engine down with them."""
+    sampling = params(
+        presence_penalty=penalties[0],
+        frequency_penalty=penalties[1],
+        logit_bias=bias,
+        stop_token_ids=stop,
+        min_tokens=50,
+        **fields,
+    )
+    [choice] = sample(torch.tensor([logits]), [sequence_with(sampling, generated=[1, 2, 2])])
+    assert 0 <= choice.token_id < 31
+    assert choice.logprob is None or not math.isnan(choice.logprob)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 2**31}, {"repetition_penalty": 1e-300}, {"temperature": float("nan")}, {"top_p": float("inf")}]
+)
+def test_what_arithmetic_cannot_take_is_not_accepted(fields: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        params(**fields)

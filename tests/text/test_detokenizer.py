@@ -50,6 +50,20 @@ def test_metaspace_deltas_join_to_the_text(text: str) -> None:
     assert "".join(pieces(WindowDetokenizer(METASPACE), token_ids)) == METASPACE.decode(token_ids)
 
 
+@given(st.text(min_size=1), st.text())
+def test_metaspace_text_goes_on_where_the_prompt_ends(prompt: str, text: str) -> None:
+    before = METASPACE.encode(prompt).ids
+    token_ids = METASPACE.encode(f"x {text}").ids[1:]
+    given = "".join(pieces(WindowDetokenizer(METASPACE, before), token_ids))
+    assert METASPACE.decode(before) + given == METASPACE.decode(before + token_ids)
+
+
+def test_metaspace_keeps_the_space_between_prompt_and_text() -> None:
+    before, token_ids = METASPACE.encode("one").ids, METASPACE.encode("two").ids
+    assert "".join(pieces(WindowDetokenizer(METASPACE, before), token_ids)) == " two"
+    assert "".join(pieces(WindowDetokenizer(METASPACE), token_ids)) == "two"
+
+
 @given(st.lists(st.integers(0, METASPACE.get_vocab_size() - 1), max_size=60))
 def test_metaspace_takes_any_tokens_and_holds_back_few(token_ids: list[int]) -> None:
     detokenizer = WindowDetokenizer(METASPACE)
