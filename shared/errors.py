@@ -28,6 +28,9 @@ from typing import ClassVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+RETRY_AFTER_S = 1.0
+"""After which a client may try again that met no free slot, or nobody."""
+
 MAX_SHOWN_CHARS = 60
 MAX_PARAM_CHARS = 200
 
@@ -160,7 +163,7 @@ class SettingsInvalid(PDServeError):
 
 def gateway_is_ending() -> NoInstance:
     """What a request is told that outlasts its gateway."""
-    return NoInstance("This gateway is ending: send the request again.", retry_after_s=1.0)
+    return NoInstance("This gateway is ending: send the request again.", retry_after_s=RETRY_AFTER_S)
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

@@ -19,13 +19,11 @@ from services.gateway.streams import AttemptFailed, Stream, Streams
 from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Cancel, DecodeRequest, KVLease, OutputToken, PrefillRequest
-from shared.errors import DeadlineExceeded, InstanceFailed, Overloaded
+from shared.errors import RETRY_AFTER_S, DeadlineExceeded, InstanceFailed, Overloaded
 from shared.registry.records import InstanceRecord, Role
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing
-
-RETRY_AFTER_S = 1.0
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from services.gateway.turn import Turn
 from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest
-from shared.errors import InstanceFailed, NoInstance, Overloaded, PeerUnavailable
+from shared.errors import RETRY_AFTER_S, InstanceFailed, NoInstance, Overloaded, PeerUnavailable
 from shared.registry.records import InstanceRecord, Role
 from shared.settings import GatewaySettings
 
@@ -27,7 +27,6 @@ ASK_AGAIN_AT_MOST_S = 0.2
 AVOID_S = 1.0
 AVOID_AT_MOST_S = 60.0
 """How long an instance that gave no answer is not asked; longer and longer until it gives one."""
-RETRY_AFTER_S = 1.0
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from services.gateway.api import ApiContext
 from services.gateway.completion import complete
 from services.gateway.inbox import Inbox
 from services.gateway.metrics import ChoiceTimer
-from services.gateway.sampling import check_prompt, sampling_params
+from services.gateway.sampling import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import (
@@ -35,8 +35,6 @@ from shared.telemetry import tracing
 ENDPOINT = "nats"
 LINGER_S = 5.0
 """How long an answer that is over is kept in case its last message has to be sent again."""
-DEFAULT_MAX_TOKENS = 16
-"""As in the completions API of HTTP."""
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,9 @@ from shared.errors import ContextTooLong, InvalidRequest, invalid_request
 from shared.sampling import SamplingParams
 from shared.text.tokenizer import Tokenizer
 
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion that does not say; OpenAI's."""
+
 
 class SamplingFields(Protocol):
     """The fields of a request that say how to sample; None leaves a field to us."""

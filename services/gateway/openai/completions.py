@@ -10,8 +10,7 @@ from services.gateway.openai.job import Collected, Job, Json, Usage, check_model
 from services.gateway.openai.logprobs import text_logprobs, token_label
 from services.gateway.openai.schemas import CompletionRequest
 from services.gateway.openai.unsupported import supported_fields
-
-DEFAULT_MAX_TOKENS = 16
+from services.gateway.sampling import DEFAULT_MAX_TOKENS
 
 
 async def prepare_completions(api: ApiContext, request_id: str, body: Mapping[str, object]) -> Job:
