@@ -169,7 +169,7 @@ class Generator:
                 self._prefill_line, "wait_prefill", stream, request_for, suits, until, generation
             )
         except TimeoutError as error:
-            if time.time() >= generation.deadline:
+            if until == generation.deadline:
                 raise DeadlineExceeded("no prefill instance had a free slot before the request's deadline") from error
             raise Overloaded(
                 f"no prefill instance had a free slot within {self._settings.ttft_timeout_s:g} s: try again later",
@@ -198,7 +198,7 @@ class Generator:
         try:
             return await self._wait(self._decode_line, "wait_decode", stream, request_for, suits, until, generation)
         except TimeoutError as error:
-            if time.time() >= generation.deadline:
+            if until == generation.deadline:
                 raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
             raise AttemptFailed(
                 "no decode instance had a free slot before the lease on the KV ended", counts=False

@@ -69,7 +69,7 @@ async def _load(settings: InstanceSettings, lifetime: Lifetime) -> LoadedModel |
                 num_threads=settings.threads or None,
                 block_size=settings.block_size,
             )
-        except ModelRefused as error:
+        except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it was, the process ends by it
             loop.call_soon_threadsafe(_settle, loading, error)
         else:
             loop.call_soon_threadsafe(_settle, loading, result)
@@ -82,10 +82,10 @@ async def _load(settings: InstanceSettings, lifetime: Lifetime) -> LoadedModel |
     return loading.result() if loading.done() else None
 
 
-def _settle(loading: "asyncio.Future[LoadedModel]", result: "LoadedModel | ModelRefused") -> None:
+def _settle(loading: "asyncio.Future[LoadedModel]", result: LoadedModel | Exception) -> None:
     if loading.cancelled():
         return
-    if isinstance(result, ModelRefused):
+    if isinstance(result, Exception):
         loading.set_exception(result)
     else:
         loading.set_result(result)

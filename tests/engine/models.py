@@ -75,6 +75,8 @@ class Served:
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
         """What transformers' own `generate` says."""
         generation = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+        # A model that ends by itself would end the comparison, too.
+        self.plain.generation_config.eos_token_id = None
         token_ids = torch.tensor([prompt])
         output = self.plain.generate(token_ids, attention_mask=torch.ones_like(token_ids), generation_config=generation)
         return output[0, len(prompt) :].tolist()
