@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from shared.engine.attention import PagedAttention
 from shared.engine.fingerprint import fingerprint
+from shared.engine.linears import pack_linears
 from shared.engine.model import LoadedModel
 from shared.engine.probe import check_config, probe_layout
 from shared.engine.selftest import check_logits, own_logits
@@ -62,22 +63,27 @@ def _load(model: str, is_folder: bool, dtype: DType, device: str, block_size: in
     layout = probe_layout(model, weights, dtype, block_size)
     attention = PagedAttention()
     weights.set_attn_implementation(attention.name)
-    difference = check_logits(model, weights, attention, layout, expected)
+    name_of_weights = fingerprint(weights, layout)
     parameters = list(weights.parameters())
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    num_packed = pack_linears(weights)
+    difference = check_logits(model, weights, attention, layout, expected)
     loaded = LoadedModel(
         name=model,
         model=weights,
         attention=attention,
         layout=layout,
-        fingerprint=fingerprint(weights, layout),
+        fingerprint=name_of_weights,
         vocab_size=text_config.vocab_size,
         max_position_embeddings=text_config.max_position_embeddings,
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=weight_bytes,
+        num_parameters=num_parameters,
     )
     logger.info(
-        "model %s: ready after %.1f s, %.1fM parameters in %.0f MB, logits within %.1g of its own, fingerprint %s",
-        *(model, time.monotonic() - started, loaded.num_parameters / 1e6, loaded.weight_bytes / 1e6),
+        "model %s: ready after %.1f s, %.1fM parameters in %.0f MB, %d linears packed, "
+        "logits within %.1g of its own, fingerprint %s",
+        *(model, time.monotonic() - started, loaded.num_parameters / 1e6, loaded.weight_bytes / 1e6, num_packed),
         *(difference, loaded.fingerprint),
     )
     return loaded
