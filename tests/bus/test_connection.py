@@ -1,6 +1,7 @@
 """The bus on a real NATS server: typed messages, headers, who is told what, and a restart of the server."""
 
 import asyncio
+import random
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 
 from pdserve.servers import Servers
 from shared.bus import connection
-from shared.bus.connection import Incoming
+from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import Answer, Cancel
 from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable
 from tests.harness import eventually, free_port
@@ -103,3 +104,24 @@ async def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(BusUnavailable, match="set PDSERVE_NATS_URL"):
         async with connection.connect(f"nats://127.0.0.1:{free_port()}", name="a", timeout_s=0.5):
             pass
+
+
+async def test_a_request_can_be_cancelled_at_any_moment(nats_url: str) -> None:
+    """Also while its answer arrives: a request thought not to be made leaves what it got with nobody."""
+    dice = random.Random(0)
+
+    async def answer(incoming: Incoming) -> None:
+        await incoming.respond(Answer(accepted=True))
+
+    async def ask_for_ever(bus: Bus) -> None:
+        while True:
+            await bus.request("there", Note(number=1), Answer, timeout_s=5.0)
+
+    async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
+        await bus.subscribe("there", answer)
+        for _ in range(300):
+            asking = asyncio.create_task(ask_for_ever(bus))
+            await asyncio.sleep(dice.uniform(0.0, 0.003))
+            asking.cancel()
+            await asyncio.wait([asking], timeout=5.0)
+            assert asking.cancelled()

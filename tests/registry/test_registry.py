@@ -1,5 +1,8 @@
 """Records in a real Valkey: written, renewed, read, run out, and what happens while it is away."""
 
+import asyncio
+import random
+
 import pytest
 import redis
 
@@ -7,6 +10,7 @@ from pdserve.servers import Servers
 from shared.errors import RegistryUnavailable
 from shared.registry import keys, registry
 from shared.registry.records import GatewayRecord
+from shared.registry.registry import Registry
 from tests.harness import eventually
 from tests.registry.test_view import record
 
@@ -81,3 +85,20 @@ async def test_a_url_that_is_none_is_named() -> None:
     with pytest.raises(RegistryUnavailable, match="no Redis URL"):
         async with registry.connect("localhost:6379", ttl_s=5.0, timeout_s=0.3):
             pass
+
+
+async def test_a_writer_can_be_cancelled_at_any_moment(redis_url: str) -> None:
+    """Or a process that ends would wait for its heart for ever."""
+    dice = random.Random(0)
+
+    async def write_for_ever(records: Registry) -> None:
+        while True:
+            await records.write_gateway(GATEWAY)
+
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        for _ in range(300):
+            writing = asyncio.create_task(write_for_ever(records))
+            await asyncio.sleep(dice.uniform(0.0, 0.003))
+            writing.cancel()
+            await asyncio.wait([writing], timeout=5.0)
+            assert writing.cancelled()

@@ -29,6 +29,8 @@ from tests.system.models import ENDLESS, endless_model
 LONG_PROMPT = prompt_of(12_000)
 """Many steps of prefill: there is time to see it and to go."""
 
+pytestmark = pytest.mark.services
+
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
@@ -39,11 +41,18 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system with as many slots as usual, and that model."""
+    folder = tmp_path_factory.mktemp("wide")
+    with running_system(folder, model=endless_model(folder), settings={"kv_pool_bytes": 2**31}) as running:
+        yield running
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_held(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    name = "narrow" if "narrow" in request.fixturenames else "system"
-    running: System = request.getfixturevalue(name)
+    running: System = request.getfixturevalue("narrow" if "narrow" in request.fixturenames else "wide")
     running.wait_until_nothing_is_held()
     assert waiting(running) == 0
     assert len(token_ids(post(running.url, greedy("def main():", 8)))) == 8
@@ -112,30 +121,33 @@ async def test_an_inbox_that_is_gone(narrow: System) -> None:
         await asyncio.to_thread(narrow.wait_until_nothing_is_held)
 
 
-async def test_many_while_their_kv_is_on_its_way(system: System) -> None:
-    """The first token has come, so the KV is about to be fetched, is on the wire, or has just arrived."""
+async def test_many_while_they_are_handed_over(wide: System) -> None:
+    """The first tokens come, so decode is being asked, or the KV is about to be fetched, on the wire, or just there."""
+    dice = random.Random(3408)
 
-    async def go_after_the_first_token(client: httpx.AsyncClient, number: int) -> None:
-        request = greedy(prompt_of(1500, number), 2000, stream=True)
-        async with client.stream("POST", "/v1/completions", json=request) as response:
+    async def go_after(client: httpx.AsyncClient, prompt: list[int], num_events: int) -> None:
+        async with client.stream("POST", "/v1/completions", json=greedy(prompt, ENDLESS, stream=True)) as response:
             assert response.status_code == 200
             async for line in response.aiter_lines():
-                if line:
+                num_events -= bool(line)
+                if num_events == 0:
                     break
 
-    async with async_client(system) as client, asyncio.TaskGroup() as tasks:
-        for number in range(8):
-            tasks.create_task(go_after_the_first_token(client, number))
+    async with async_client(wide) as client:
+        for length in (50, 600, 50, 600, 50, 50, 50):
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(12):
+                    tasks.create_task(go_after(client, prompt_of(length, number), dice.choice([1, 1, 1, 2, 5, 20])))
 
 
-async def test_a_burst_at_random_moments(system: System) -> None:
+async def test_a_burst_at_random_moments(wide: System) -> None:
     request = greedy(prompt_of(100), 50)
-    expected = token_ids(await asyncio.to_thread(post, system.url, request))
+    expected = token_ids(await asyncio.to_thread(post, wide.url, request))
     dice = random.Random(8408)
 
     async def go_sometime(client: httpx.AsyncClient) -> None:
         prompt = prompt_of(dice.choice([1, 16, 100, 700, 2000]), dice.randrange(3000))
-        request = greedy(prompt, dice.choice([1, 30, 1500]), stream=dice.random() < 0.7)
+        request = greedy(prompt, dice.choice([1, 30, ENDLESS]), stream=dice.random() < 0.7)
         patience_s = dice.choice([0.0, dice.uniform(0.0, 0.2), dice.uniform(0.0, 3.0)])
         try:
             async with asyncio.timeout(patience_s):
@@ -144,11 +156,11 @@ async def test_a_burst_at_random_moments(system: System) -> None:
         except TimeoutError:
             pass
 
-    async with async_client(system) as client, asyncio.TaskGroup() as tasks:
+    async with async_client(wide) as client, asyncio.TaskGroup() as tasks:
         for _ in range(40):
             tasks.create_task(go_sometime(client))
-    await asyncio.to_thread(system.wait_until_nothing_is_held)
-    assert token_ids(await asyncio.to_thread(post, system.url, request)) == expected
+    await asyncio.to_thread(wide.wait_until_nothing_is_held)
+    assert token_ids(await asyncio.to_thread(post, wide.url, request)) == expected
 
 
 def async_client(system: System) -> httpx.AsyncClient:
