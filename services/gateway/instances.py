@@ -26,6 +26,7 @@ class Instances:
         self._model = model
         self._on_lost = on_lost
         self._view = View(late_after_s, {})
+        self._away = False
 
     def ready(self, role: Role) -> list[InstanceRecord]:
         return self._view.ready(role)
@@ -45,8 +46,13 @@ class Instances:
         try:
             members = await self._registry.instances(self._group)
         except RegistryUnavailable as error:
-            log.warning("going on with the instances known so far: %s", error)
+            if not self._away:
+                log.warning("going on with the instances known so far: %s", error)
+            self._away = True
             return
+        if self._away:
+            log.info("the registry is back")
+        self._away = False
         records = [one for one in members if one.model == self._model]
         before = self._view.alive()
         self._view = self._view.updated(records, time.monotonic())
