@@ -40,7 +40,8 @@ def first_answer(running: Running) -> None:
 
 def memory_mb(running: Running) -> dict[str, float]:
     """Resident set of each service, by its kind."""
-    status = asyncio.run(ask(running.nats_url))
+    while not ((status := asyncio.run(ask(running.nats_url))).gateways and status.instances):
+        time.sleep(0.1)
     found = {one.role: _resident_mb(one.pid) for one in status.instances}
     for gateway in status.gateways:
         found["gateway"] = _resident_mb(gateway.pid)

@@ -339,7 +339,9 @@ def samples(model: LlamaForCausalLM, data: Data) -> Iterator[tuple[str, str, str
 
 
 CARD = """---
-license: psf-2.0
+license: other
+license_name: psf-2.0
+license_link: LICENSE
 language: en
 library_name: transformers
 ---
@@ -359,7 +361,9 @@ is wrong.**
 | Tokens seen | {tokens:,} in {steps:,} steps and {minutes:.0f} minutes on one core (about {epochs:.1f} epochs) |
 | Held-out loss | {nats_per_token:.3f} nats per token, {bits_per_byte:.3f} bits per byte ({held_out:,} tokens) |
 
-Held out are about 2 % of the documents, chosen by a hash of their names, less the paragraphs which training has too.
+Held out are about 2 % of the documents, chosen by a hash of their names, less the paragraphs which training has too; they
+are measured in rows of 256 tokens, after rounding to bfloat16. The last third of the training also taught the model not
+to repeat itself (unlikelihood, on its own continuations), or it would soon do nothing else when it is decoded greedily.
 
 ## Data and licence
 
@@ -374,9 +378,8 @@ from elsewhere, is in `LICENSE`; the model is distributed under the same terms.
     {command}
 
 FOLDER is the `Doc` folder of Python's source, or the `_sources` folder of the built documentation. The seed is fixed;
-the text is that of the interpreter which runs it. `--minutes` lets the learning rate follow the clock; `--steps
-{steps}` in its place takes the same number of steps on any machine.
-
+the text is that of the interpreter which runs it. `--minutes` lets the learning rate follow the clock; in its place,
+`--steps {steps}` takes as many steps as were taken here, on any machine. 
 ## What it writes
 
 {samples}

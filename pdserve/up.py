@@ -160,7 +160,7 @@ def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object], logs: Path) -> list[Child]:
-    """All services, in the order in which they start; they end in the order of `_end`."""
+    """All services in the order in which they start: light ones first, since the first instance waits for torch."""
     num_instances = wishes.num_prefill + wishes.num_decode
     threads = max(1, (os.cpu_count() or 1) // num_instances)
     instance = {"threads": threads, **wishes.instance, **urls}
@@ -172,9 +172,9 @@ def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object],
         for number in range(count)
     ]
     return [
-        *instances,
         Program("gateway", "services.gateway", {**wishes.gateway, **urls}, logs / "gateway.log"),
         Program("controller", "services.controller", urls, logs / "controller.log"),
+        *instances,
     ]
 
 
