@@ -3,13 +3,12 @@
 The draw depends on a request's seed and the token's index alone, on neither the batch nor the instance.
 """
 
-import struct
 from dataclasses import dataclass
 
 import torch
-from xxhash import xxh3_64_intdigest
 
 from shared.engine.adjust import adjust
+from shared.engine.noise import gumbel
 from shared.engine.sequence import Sequence
 from shared.engine.truncate import truncate
 
@@ -59,20 +58,13 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
 
 
 def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """Draw a token [N] per row of logits [N, V] by the inverse of the cumulative distribution, in vocabulary order."""
+    """Draw a token [N] per row of logits [N, V]: the likeliest after Gumbel noise has been added.
+
+    That is a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030). Unlike a draw by the cumulative
+    distribution it does not go to another token when logits differ in their last digits, as they do between batches.
+    """
     sampling = [sequence.sampling for sequence in sequences]
     logits = logits / torch.tensor([[params.temperature] for params in sampling], dtype=logits.dtype)
     truncate(logits, sampling)
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:].contiguous()
-    uniforms = [[uniform(sequence.sampling.seed, sequence.output_index)] for sequence in sequences]
-    target = torch.tensor(uniforms, dtype=torch.float64) * total
-    tokens = torch.searchsorted(cumulative, target, right=True)
-    # Rounding can bring the target up to the total; the last token that has any probability is then the one meant.
-    # Where nothing may be drawn at all, every comparison fails, and the last token of the vocabulary stands for it.
-    return torch.minimum(tokens, torch.searchsorted(cumulative, total)).clamp_(max=logits.shape[1] - 1).squeeze(1)
-
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for token `index` of a request with this seed: the upper 53 bits of a hash of both."""
-    return float((xxh3_64_intdigest(struct.pack("<QQ", seed, index)) >> 11) * 2.0**-53)
+    draws = [(sequence.sampling.seed, sequence.output_index) for sequence in sequences]
+    return (logits + gumbel(draws, logits.shape[1])).argmax(-1)
