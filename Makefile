@@ -18,6 +18,7 @@ setup: .venv/.done
 .venv/.done: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "pdserve needs Python 3.11 or later: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	@echo "installing torch, transformers and a few more: a minute or two, and longer where torch comes with CUDA"
 	$(PIP) -e .
 	@touch $@
 

@@ -1,8 +1,8 @@
 """A client of pdserve with nothing but a NATS connection.
 
-    python examples/nats_client.py nats://127.0.0.1:4222 "What does os.path.join do?"
+    .venv/bin/python examples/nats_client.py nats://127.0.0.1:4222 "What does os.path.join do?"
 
-`pdserve up` prints its NATS address at start.
+`pdserve up` prints its NATS address at start: this one, unless something else has the port.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import nats
 
 
 async def main(url: str, question: str) -> None:
-    connection = await nats.connect(url)
+    connection = await nats.connect(url, allow_reconnect=False)
     inbox = connection.new_inbox()
     answers = await connection.subscribe(inbox)
     request = {"messages": [{"role": "user", "content": question}], "max_tokens": 200}
@@ -34,4 +34,6 @@ async def main(url: str, question: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2]))
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    asyncio.run(main(*sys.argv[1:]))

@@ -77,7 +77,7 @@ class Document:
 
 INLINE = [
     (re.compile(r"\[?https?://[^\s>`\])]+\]?"), ""),
-    (re.compile(r"\b(?:www|docs|test|upload|files)?\.?(?:pypi|python|pythonhosted)(?:\.python)?\.(?:org|io)\b\S*"), ""),
+    (re.compile(r"\b(?:www|docs|test|upload|files)?\.?py(?:pi|thon(?:hosted)?)(?:\.python)?\.(?:org|io)\b\S*"), ""),
     (re.compile(r":(?:[\w+]+:)?[\w+-]+:`[!~]?([^`<]+?)\s*<[^`>]*>`"), r"\1"),
     (re.compile(r":pep:`(\d+)`"), r"PEP \1"),
     (re.compile(r":rfc:`(\d+)`"), r"RFC \1"),

@@ -361,9 +361,9 @@ is wrong.**
 | Tokens seen | {tokens:,} in {steps:,} steps and {minutes:.0f} minutes on one core (about {epochs:.1f} epochs) |
 | Held-out loss | {nats_per_token:.3f} nats per token, {bits_per_byte:.3f} bits per byte ({held_out:,} tokens) |
 
-Held out are about 2 % of the documents, chosen by a hash of their names, less the paragraphs which training has too; they
-are measured in rows of 256 tokens, after rounding to bfloat16. The last third of the training also taught the model not
-to repeat itself (unlikelihood, on its own continuations), or it would soon do nothing else when it is decoded greedily.
+Held out are about 2 % of the documents, chosen by a hash of their names, less the paragraphs which training has too;
+they are measured in rows of 256 tokens, after rounding to bfloat16. The last third of the training also taught the
+model not to repeat itself (unlikelihood, on its own continuations): without, greedy decoding soon does nothing else.
 
 ## Data and licence
 
@@ -379,7 +379,8 @@ from elsewhere, is in `LICENSE`; the model is distributed under the same terms.
 
 FOLDER is the `Doc` folder of Python's source, or the `_sources` folder of the built documentation. The seed is fixed;
 the text is that of the interpreter which runs it. `--minutes` lets the learning rate follow the clock; in its place,
-`--steps {steps}` takes as many steps as were taken here, on any machine. 
+`--steps {steps}` takes as many steps as were taken here, on any machine.
+
 ## What it writes
 
 {samples}
@@ -423,6 +424,9 @@ def save(model: LlamaForCausalLM, data: Data, readme: str, out: Path) -> None:
     if licence.exists():
         shutil.copyfile(licence, folder / "LICENSE")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("backend", "extra_special_tokens"):
+        settings.pop(name, None)
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": SPECIAL[1:4]}
     settings["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "chat_template.jinja").unlink(missing_ok=True)

@@ -35,7 +35,7 @@ def talk(wishes: Talk, folder: Path) -> int:
     url = wishes.url or (run.address if run is not None else DEFAULT_URL)
     headers = {"Authorization": f"Bearer {wishes.api_key}"} if wishes.api_key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=None, trust_env=False) as client:
-        model = wishes.model or _first_model(client, url)
+        model = _model(client, url, wishes.model)
         print(f"{model} at {url}. {HELP}")
         _converse(client, model, wishes)
     return 0
@@ -46,11 +46,16 @@ def _converse(client: httpx.Client, model: str, wishes: Talk) -> None:
     while True:
         try:
             text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
             print()
             return
         if text == "/new":
             messages.clear()
+        elif text.startswith("/"):
+            print(HELP)
         elif text:
             messages.append({"role": "user", "content": text})
             answer = _print_answer(client, model, messages, wishes)
@@ -96,14 +101,18 @@ def _stream(client: httpx.Client, model: str, messages: list[dict[str, str]], wi
                 yield choice["delta"].get("content") or ""
 
 
-def _first_model(client: httpx.Client, url: str) -> str:
+def _model(client: httpx.Client, url: str, wanted: str | None) -> str:
+    """The wanted model, or the first one served."""
     try:
         response = client.get("/v1/models", timeout=5.0)
     except httpx.HTTPError as error:
         raise ApiRefused(f"nothing answers at {url} ({error}): start `pdserve up`, or give --url") from error
     if response.status_code != 200:
         raise ApiRefused(_message(response))
-    return str(response.json()["data"][0]["id"])
+    served = [str(one["id"]) for one in response.json()["data"]]
+    if wanted is not None and wanted not in served:
+        raise ApiRefused(f"{wanted} is not served at {url}, but {', '.join(served)} is")
+    return wanted or served[0]
 
 
 def _message(response: httpx.Response) -> str:

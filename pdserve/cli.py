@@ -1,6 +1,7 @@
 """The command line: its words, and what to call for them."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -12,9 +13,15 @@ def main() -> None:
     """Runs one command; a known error becomes one sentence and exit code 1."""
     arguments = parser().parse_args()
     try:
-        sys.exit(arguments.run(arguments))
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        sys.exit(code)
     except PDServeError as error:
         sys.exit(f"pdserve: {error}")
+    except BrokenPipeError:
+        # Whoever read us has had enough (`pdserve status | head`); python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def parser() -> argparse.ArgumentParser:

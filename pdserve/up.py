@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from shared.registry import registry
 from shared.settings import GatewaySettings, InstanceSettings
 from shared.text.files import read_object
 
+NATS_PORT = 4222
 SERVERS_TIMEOUT_S = 3.0
 READY_POLL_S = 0.05
 WATCH_S = 0.2
@@ -65,7 +67,7 @@ def up(wishes: Wishes, folder: Path) -> int:
         children: list[Child] = []
         try:
             given = gateway.model_fields_set
-            nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats()
+            nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats(_usual_nats_port())
             redis_url = gateway.redis_url if "redis_url" in given else servers.start_redis()
             asyncio.run(_refuse_absent_servers(nats_url, redis_url))
             say(f"NATS at {shown(nats_url)}, Redis at {shown(redis_url)}")
@@ -133,6 +135,15 @@ def _refuse_port_in_use(host: str, port: int) -> None:
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error
         raise SettingsInvalid(f"{host}:{port} cannot be used ({why}): take another with --port or --host") from error
+
+
+def _usual_nats_port() -> int:
+    """NATS' own port if nobody has it, so that clients find it there; or any (-1)."""
+    try:
+        with socket.create_server(("127.0.0.1", NATS_PORT)):
+            return NATS_PORT
+    except OSError:
+        return -1
 
 
 async def _refuse_absent_servers(nats_url: str, redis_url: str) -> None:
@@ -221,7 +232,7 @@ def _say_hello(gateway: GatewaySettings, elapsed_s: float) -> None:
     body = f'{{"model": "{gateway.served_model_name}", "messages": {question}}}'
     say(f"ready in {elapsed_s:.1f} s at {address} (OpenAI's API under /v1). Try:\n")
     say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
-    say("or, in this folder: pdserve chat, pdserve status. Ctrl-C ends.")
+    say(f"or, in this folder: {sys.argv[0]} chat, {sys.argv[0]} status. Ctrl-C ends.")
 
 
 def _watch(children: list[Child], servers: Servers, asked: Asked) -> None:
@@ -243,7 +254,8 @@ def _watch(children: list[Child], servers: Servers, asked: Asked) -> None:
                 quick = now - started[child.name] < QUICK_DEATH_S
                 pause_s[child.name] = min(MAX_PAUSE_S, 2 * pause_s[child.name] + 0.5) if quick else 0.0
                 due[child.name] = now + pause_s[child.name]
-                say(f"{child.name} died ({code}): starting it again in {pause_s[child.name]:.1f} s (log: {child.log})")
+                when = f"in {pause_s[child.name]:.1f} s" if pause_s[child.name] else "now"
+                say(f"{child.name} died ({code}) and is started again {when} (log: {child.log})")
         time.sleep(WATCH_S)
 
 

@@ -182,6 +182,10 @@ def _sentence(found: ErrorDetails, param: str) -> str:
         return f"`{param}` is required."
     if found["type"] == "request":
         return f"`{param}` {message}."
+    if found["type"] == "extra_forbidden":
+        return f"`{param}` is unknown: remove it, or check its spelling."
+    if found["type"] == "json_invalid":
+        return f"This is not JSON: {message.removeprefix('Invalid JSON: ')}."
     shown = repr(found["input"])
     if len(shown) > MAX_SHOWN_CHARS:
         shown = f"{shown[:MAX_SHOWN_CHARS]}..."

@@ -63,12 +63,12 @@ def run_service(
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             failed = runner.run(_serve(settings, serve))
     except PDServeError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(str(error))
     except BaseExceptionGroup as group:
         known = _known_error(group)
         if known is None:
             raise
-        sys.exit(f"{type(known).__name__}: {known}")
+        sys.exit(str(known))
     if failed is not None:
         sys.exit(failed)
 

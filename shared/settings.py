@@ -155,7 +155,7 @@ def refuse_unknown(environment: Mapping[str, str]) -> None:
     known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields}
     for name in environment:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=3)
+            near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.85)
             meant = f"did you mean {' or '.join(near)}?" if near else "docs/operations.md has them all."
             raise SettingsInvalid(f"{name} is no setting of pdserve: {meant}")
 

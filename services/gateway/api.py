@@ -9,6 +9,7 @@ from opentelemetry.trace import Tracer
 
 from services.gateway.metrics import GatewayMetrics
 from shared.bus.messages import OutputToken
+from shared.errors import ModelNotFound
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer
@@ -56,3 +57,14 @@ class ApiContext:
     tracer: Tracer = tracing.tracer
     system_fingerprint: str | None = None
     created_at: int = field(default_factory=lambda: int(time.time()))
+
+
+def check_model(api: ApiContext, model: str) -> None:
+    """Refuse a model that is not the served one.
+
+    Raises:
+        ModelNotFound: names the one that is.
+    """
+    if model != api.served_model_name:
+        message = f"The model `{model[:200]}` is not served here, but `{api.served_model_name}` is: name that one."
+        raise ModelNotFound(message, param="model")

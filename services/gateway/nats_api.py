@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from opentelemetry.trace import SpanKind, get_current_span
 
-from services.gateway.api import ApiContext
+from services.gateway.api import ApiContext, check_model
 from services.gateway.completion import complete
 from services.gateway.inbox import Inbox
 from services.gateway.metrics import ChoiceTimer
@@ -28,7 +28,7 @@ from shared.bus.messages import (
     GenerateRequest,
     GenerateUsage,
 )
-from shared.errors import Cancelled, InternalError, InvalidRequest, ModelNotFound, RequestError, gateway_is_ending
+from shared.errors import Cancelled, InternalError, InvalidRequest, RequestError, gateway_is_ending
 from shared.sampling import FinishReason, SamplingParams
 from shared.telemetry import tracing
 
@@ -219,10 +219,8 @@ class NatsApi:
     async def _read(self, request: GenerateRequest) -> tuple[list[int], SamplingParams]:
         """The prompt's tokens and complete sampling parameters."""
         api = self._api
-        if request.model not in (None, api.served_model_name):
-            raise ModelNotFound(
-                f"the model {request.model!r} is not served here: take {api.served_model_name!r}", param="model"
-            )
+        if request.model is not None:
+            check_model(api, request.model)
         if request.timeout_s is not None and request.timeout_s <= 0:
             raise InvalidRequest("`timeout_s` must be over 0", param="timeout_s")
         max_model_len = api.core.max_model_len()

@@ -90,12 +90,12 @@ class Cancel(Message):
     request_ids: list[str]
 
 
-class TopLogprob(Message):
+class TopLogprob(BaseModel):
     token_id: int
     logprob: float
 
 
-class TokenLogprobs(Message):
+class TokenLogprobs(BaseModel):
     """The chosen token's log probability under the unmodified distribution, and the likeliest tokens beside it."""
 
     logprob: float

@@ -133,7 +133,7 @@ BAD: dict[str, tuple[Json | bytes, str, str | None, str]] = {
         "shorten",
     ),
     "answer over the context": ({"prompt": "x", "max_tokens": 4096}, "context_length_exceeded", "max_tokens", "lower"),
-    "other model": ({"prompt": "x", "model": "gpt-4"}, "model_not_found", "model", "'demo'"),
+    "other model": ({"prompt": "x", "model": "gpt-4"}, "model_not_found", "model", "`demo`"),
 }
 
 

@@ -44,4 +44,4 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         raise MethodNotAllowed(f"{request.url.path} does not take {request.method}: use {allowed}.")
-    raise PathNotFound(f"There is no {request.url.path} here; the API's paths begin with /v1.")
+    raise PathNotFound(f"There is no {request.url.path} here: see /v1/models, /health/ready, /metrics.")

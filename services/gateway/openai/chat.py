@@ -3,10 +3,10 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from services.gateway.api import ApiContext
+from services.gateway.api import ApiContext, check_model
 from services.gateway.completion import TextDelta
 from services.gateway.openai.body import parse
-from services.gateway.openai.job import Collected, Job, Json, Usage, check_model, check_num_choices, make_job
+from services.gateway.openai.job import Collected, Job, Json, Usage, check_num_choices, make_job
 from services.gateway.openai.logprobs import chat_logprobs
 from services.gateway.openai.schemas import ChatCompletionRequest, ChatMessage
 from services.gateway.openai.unsupported import supported_fields

@@ -9,7 +9,7 @@ from services.gateway.completion import TextDelta
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
 from services.gateway.sampling import check_prompt, choice_seed, sampling_params
 from shared.bus.messages import TokenLogprobs
-from shared.errors import InvalidRequest, ModelNotFound
+from shared.errors import InvalidRequest
 from shared.sampling import FinishReason, SamplingParams
 
 Json = dict[str, object]
@@ -85,17 +85,6 @@ class Job:
     stream: bool
     include_usage: bool
     sends_empty: bool
-
-
-def check_model(api: ApiContext, model: str) -> None:
-    """Refuse a model that is not the served one.
-
-    Raises:
-        ModelNotFound: names the one that is.
-    """
-    if model != api.served_model_name:
-        message = f"The model `{model[:200]}` is not served here, but `{api.served_model_name}` is: name that one."
-        raise ModelNotFound(message, param="model")
 
 
 def check_num_choices(num_prompts: int, n: int | None) -> None:

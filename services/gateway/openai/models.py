@@ -4,8 +4,8 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.gateway.api import ApiContext
-from services.gateway.openai.job import Json, check_model
+from services.gateway.api import ApiContext, check_model
+from services.gateway.openai.job import Json
 
 
 class Models:
