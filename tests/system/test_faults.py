@@ -22,7 +22,8 @@ from tests.harness import System, free_port, wait_until
 from tests.system.client import Streamed, asking, greedy, post, prompt_of, streaming, token_ids
 from tests.system.models import ENDLESS, endless_model
 
-NUM_TOKENS = 400
+NUM_TOKENS = 1200
+"""Seconds of work: a request that a test disturbs is still there when the test has found who holds it."""
 REQUEST = greedy(prompt_of(40), NUM_TOKENS)
 LONG = greedy("x", ENDLESS)
 
