@@ -75,7 +75,7 @@ async def test_after_remove_no_more_tokens_come(llama_served: Served) -> None:
     async with running(llama_served) as owner:
         owner.runner.add(owner.sequence("a", LONG))
         owner.runner.add(owner.sequence("b", LONG, first_block=200))
-        await wait_until(lambda: len(owner.tokens.get("a", [])) > 3)
+        await wait_until(lambda: all(len(owner.tokens.get(name, [])) > 3 for name in ("a", "b")))
         await owner.runner.remove(["a", "unknown"])
         count_a, count_b = len(owner.tokens["a"]), len(owner.tokens["b"])
         await wait_until(lambda: len(owner.tokens["b"]) > count_b + 5)
