@@ -33,8 +33,8 @@ from shared.sampling import FinishReason, SamplingParams
 from shared.telemetry import tracing
 
 ENDPOINT = "nats"
-LINGER_S = 5.0
-"""How long an answer that is over is kept in case its last message has to be sent again."""
+LINGER_S = 15.0
+"""How long an answer that is over is kept, as its last message may have to be sent again: longer than clients take."""
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ class NatsApi:
         told = subjects.gateway(self._gateway_id, subjects.gone(key))
 
         def on_gone() -> None:
-            self._end(self._answering[key], Cancelled("nobody listens in the reply inbox"))
+            if key in self._answering:  # an answer that is over may be forgotten before its client is given up
+                self._end(self._answering[key], Cancelled("nobody listens in the reply inbox"))
 
         answering = Answering(key, key, Inbox(self._bus, reply_to, told, self._tasks, on_gone))
         self._answering[key] = answering
