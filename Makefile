@@ -2,6 +2,8 @@
 # make up      sets up and serves:  make up ARGS="--model Qwen/Qwen3-0.6B --decode 2"
 # make test    sets up and passes the tests (all of .ci/run)
 # make check   the quick half: format, lint, types, tests without services
+# make test-families  every model family against transformers, in minutes; writes docs/models.md
+# make test-gpu  what is for a GPU; without one, kernels run in Triton's interpreter and are compiled for some GPUs
 # make compose-test  the containers, end to end; needs docker
 # PIP_ARGS     more arguments for pip, such as an index that has torch's CPU build
 
@@ -11,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock
 
-.PHONY: setup up test check lint compose-test
+.PHONY: setup up test test-families test-gpu check lint compose-test
 
 setup: .venv/.done
 
@@ -43,3 +45,13 @@ compose-test:
 
 test: lint
 	$(BIN)/pytest -q
+
+test-families: .venv/.dev
+	$(BIN)/pytest -q --write-docs tests/families
+
+# Triton comes with torch's CUDA build. Where it has not, it gets a folder of its own, which nothing else looks into.
+.venv/triton: .venv/.dev
+	@$(BIN)/python -c 'import triton' 2>/dev/null && mkdir -p $@ || $(PIP) --no-deps --target $@ triton==3.9.0
+
+test-gpu: .venv/triton
+	PYTHONPATH=.venv/triton $(BIN)/pytest -q tests/gpu

@@ -7,13 +7,13 @@ attention function that it does not know, so masks are ours (`batch.py`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from shared.engine.batch import Batch, DecodeRead, PrefillRead
+from shared.engine.batch import Batch
+from shared.engine.kernels import Kernels, plain
 from shared.engine.pool import KVPool
 
 _numbers = count()
@@ -23,9 +23,11 @@ class PagedAttention:
     """The attention of one loaded model, registered with transformers under its own `name`.
 
     transformers has no way to hand a batch through to it, so it holds the current one, set by `batch()`.
+    `kernels` may be set to others that compute the same.
     """
 
     def __init__(self) -> None:
+        self.kernels = Kernels(plain.paged_decode, None, plain.put)
         self.name = f"pdserve_paged_{next(_numbers)}"
         self._current: tuple[KVPool, Batch] | None = None
         AttentionInterface.register(self.name, self)
@@ -49,6 +51,8 @@ class PagedAttention:
         attention_mask: None,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Store the row's keys and values, then attend.
@@ -58,6 +62,8 @@ class PagedAttention:
             query: [1, Hq, T, Dk]; key: [1, H, T, Dk]; value: [1, H, T, Dv]. Hq is a multiple of H.
             scaling: of the scores; None is 1 / sqrt(Dk).
             sliding_window: how many positions a token sees, itself included; None is all.
+            softcap: of the scores; None is none.
+            s_aux: attention sinks [Hq]; None is none.
             _: what the probe has found harmless at load (`probe.py`).
 
         Returns:
@@ -67,55 +73,53 @@ class PagedAttention:
         pool, batch = self._current
         layer = module.layer_idx
         assert isinstance(layer, int)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, D]
-        pool.write(layer, batch.blocks, batch.offsets, new_keys, new_values)
-        decodes, prefills = batch.reads(sliding_window)
-        if len(decodes) == 1 and not prefills:
-            return _decode(pool, layer, decodes[0], query, scaling)[None], None
-        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        for decode in decodes:
-            output[0, decode.start : decode.stop] = _decode(pool, layer, decode, query, scaling)
-        for prefill in prefills:
-            chunk = slice(prefill.start, prefill.stop)
-            if prefill.blocks is None:
-                keys, values = new_keys[chunk], new_values[chunk]
-            else:
-                keys, values = (part.flatten(0, 1)[: prefill.last] for part in pool.gather(layer, prefill.blocks))
-            output[0, chunk] = _prefill(query[0, :, chunk], keys, values, prefill, scaling)
-        return output, None
+        self.kernels.put(pool.keys[layer], new_keys, batch.blocks, batch.offsets)
+        self.kernels.put(pool.values[layer], new_values, batch.blocks, batch.offsets)
+        asked = Asked(scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+        places = (pool, batch, layer, query[0], asked)
+        parts = [*self._decodes(*places), *self._prefills(*places)]
+        return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+
+    def _decodes(
+        self, pool: KVPool, batch: Batch, layer: int, query: torch.Tensor, asked: "Asked"
+    ) -> Iterator[torch.Tensor]:
+        """The decodes' part of the output, [B, Hq, Dv], from query [Hq, T, Dk]; nothing without decodes."""
+        if batch.num_decodes:
+            queries = query[:, : batch.num_decodes].transpose(0, 1)
+            yield self.kernels.decode(
+                queries, pool.keys[layer], pool.values[layer], batch.tables, batch.lengths, **asked
+            )
+
+    def _prefills(
+        self, pool: KVPool, batch: Batch, layer: int, query: torch.Tensor, asked: "Asked"
+    ) -> Iterator[torch.Tensor]:
+        """The chunks' parts of the output, [tokens of the chunk, Hq, Dv] each."""
+        if self.kernels.prefill is not None:
+            for span in batch.spans[batch.num_decodes :]:
+                queries = query[:, span.start : span.stop].transpose(0, 1)
+                yield self.kernels.prefill(
+                    queries, pool.keys[layer], pool.values[layer], span.sequence.block_table, span.first, **asked
+                )
+            return
+        for read in batch.prefill_reads(asked["window"]):
+            keys, values = (part.flatten(0, 1)[: read.last] for part in pool.gather(layer, read.blocks))
+            yield plain.prefill(
+                query[:, read.start : read.stop],
+                keys,
+                values,
+                read.mask,
+                scale=asked["scale"],
+                softcap=asked["softcap"],
+                sinks=asked["sinks"],
+            )
 
 
-def _decode(pool: KVPool, layer: int, read: DecodeRead, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Attend for B tokens, each to its own blocks, all at once: [B, Hq, Dv].
+class Asked(TypedDict):
+    """What a layer asks of attention; see `plain.paged_decode`."""
 
-    The query heads that share a key head stand where SDPA expects query positions, so no key is ever repeated.
-    """
-    num_rows = read.stop - read.start
-    keys, values = (
-        part.view(num_rows, -1, *part.shape[2:])[:, read.first : read.last].transpose(1, 2)  # [B, H, S, D]
-        for part in pool.gather(layer, read.blocks)
-    )
-    num_kv_heads = keys.shape[1]
-    queries = query[0, :, read.start : read.stop].transpose(0, 1)  # [B, Hq, Dk]
-    grouped = queries.view(num_rows, num_kv_heads, -1, queries.shape[2])  # [B, H, G, Dk]
-    output = scaled_dot_product_attention(grouped, keys, values, attn_mask=read.mask, scale=scaling)
-    return output.flatten(1, 2)
-
-
-def _prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, read: PrefillRead, scaling: float | None
-) -> torch.Tensor:
-    """Attend for one chunk, query [Hq, T, Dk], to keys [S, H, Dk] and values [S, H, Dv]: [T, Hq, Dv].
-
-    Key heads stand where SDPA expects the batch; expanding them over the query heads that share them copies nothing.
-    """
-    num_kv_heads = keys.shape[1]
-    grouped = query.view(num_kv_heads, -1, *query.shape[1:])  # [H, G, T, Dk]
-    shared_keys, shared_values = (
-        part.transpose(0, 1)[:, None].expand(-1, grouped.shape[1], -1, -1)  # [H, G, S, D]
-        for part in (keys, values)
-    )
-    output = scaled_dot_product_attention(
-        grouped, shared_keys, shared_values, attn_mask=read.mask, is_causal=read.mask is None, scale=scaling
-    )
-    return output.flatten(0, 1).transpose(0, 1)
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None

@@ -57,14 +57,6 @@ class BlockAllocator:
                 break
         return blocks
 
-    def extend(self, blocks: list[int], num_blocks: int) -> list[int] | None:
-        """`blocks` and as many more as make `num_blocks`, if any; None, taking nothing, when short."""
-        num_more = num_blocks - len(blocks)
-        if num_more <= 0:
-            return blocks
-        more = self.allocate(num_more)
-        return None if more is None else [*blocks, *more]
-
     def free(self, blocks: Sequence[int]) -> None:
         """Give blocks back; they merge with the free runs beside them. A block that is free already is a bug."""
         for start, length in runs(sorted(blocks)):

@@ -15,6 +15,8 @@ class Engine:
     """Computes prefill and decode of many sequences together.
 
     A sequence that finishes, or has generated all it should here, leaves by itself; its blocks stay the caller's.
+    Blocks may be shared: of several sequences that wait for the same block, the earliest fills it, and the others go on
+    from there. Only the engine knows which blocks are filled, so that none is ever read before.
 
     Args:
         loaded: the model.
@@ -28,6 +30,8 @@ class Engine:
         self.pool = pool
         self.max_step_tokens = max_step_tokens
         self._sequences: dict[str, Sequence] = {}
+        self._filled: set[int] = set()
+        """Blocks that hold KV up to their end."""
 
     @property
     def has_work(self) -> bool:
@@ -42,6 +46,9 @@ class Engine:
         if num_used:
             # What came with the last block of handed-over KV, behind its last token, is anybody's guess.
             self.pool.clear_tail(sequence.blocks[sequence.num_computed_tokens // layout.block_size], num_used)
+        num_filled = sequence.num_computed_tokens // layout.block_size
+        self._filled.update(sequence.blocks[:num_filled])
+        self._filled.difference_update(sequence.blocks[max(num_filled, sequence.num_shared_blocks) :])
         self._sequences[sequence.request_id] = sequence
 
     def remove(self, request_id: str) -> bool:
@@ -52,14 +59,27 @@ class Engine:
     def step(self) -> list[NewToken]:
         """Compute one step and return the tokens it generated: none while it only advances long prompts."""
         assert self._sequences, "a step needs work"
-        plan = schedule(self._sequences.values(), self.max_step_tokens)
-        batch = build_batch(plan, self.pool.layout.block_size, self.pool.data.dtype)
+        block_size = self.pool.layout.block_size
+        for sequence in self._sequences.values():
+            self._follow(sequence, block_size)
+        plan = schedule(self._sequences.values(), self.max_step_tokens, block_size)
+        batch = build_batch(plan, block_size, self.pool.data.dtype)
         logits = self.loaded.logits(self.pool, batch)
         choices = sample(logits, batch.sampled)
         return self._advance(batch, choices)
 
+    def _follow(self, sequence: Sequence, block_size: int) -> None:
+        """Go on behind the shared blocks that are filled by now."""
+        next_block = sequence.num_computed_tokens // block_size
+        while next_block < sequence.num_shared_blocks and sequence.blocks[next_block] in self._filled:
+            next_block += 1
+            sequence.num_cached_tokens += next_block * block_size - sequence.num_computed_tokens
+            sequence.num_computed_tokens = next_block * block_size
+
     def _advance(self, batch: Batch, choices: list[Choice]) -> list[NewToken]:
+        block_size = self.pool.layout.block_size
         for span in batch.spans:
+            self._filled.update(span.sequence.blocks[span.first // block_size : span.last // block_size])
             span.sequence.num_computed_tokens = span.last
         return [self._append(sequence, choice) for sequence, choice in zip(batch.sampled, choices, strict=True)]
 

@@ -12,8 +12,13 @@ SAMPLED_ELEMENTS = 256
 """How many elements of each tensor are looked at, so that large models cost no more than their number of tensors."""
 
 
-def fingerprint(model: PreTrainedModel, layout: KVLayout) -> str:
-    """32 hex digits over the layout, the configuration, and name, shape and evenly spaced elements of every tensor."""
+def fingerprint(model: PreTrainedModel, layout: KVLayout, quantization: str) -> str:
+    """32 hex digits over the layout, the configuration, and name, shape and evenly spaced elements of every tensor.
+
+    Args:
+        model: as it was loaded, before any of its modules is replaced.
+        quantization: what becomes of its weights afterwards.
+    """
     digest = xxh3_128()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         flat = tensor.detach().flatten()
@@ -21,7 +26,7 @@ def fingerprint(model: PreTrainedModel, layout: KVLayout) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     digest.update(json.dumps(_configuration(model), sort_keys=True, default=str).encode())
-    digest.update(layout.model_dump_json().encode())
+    digest.update(f"{quantization} {layout.model_dump_json()}".encode())
     return digest.hexdigest()
 
 

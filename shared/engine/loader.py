@@ -1,30 +1,48 @@
 """From a hub id or a folder to a model that is known to compute right here, or a sentence that says why not."""
 
-import json
 import logging
 import time
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, PreTrainedModel
 
 from shared.engine.attention import PagedAttention
 from shared.engine.fingerprint import fingerprint
-from shared.engine.linears import pack_linears
+from shared.engine.kernels.native import native_kernels
 from shared.engine.model import LoadedModel
-from shared.engine.probe import check_config, probe_layout
-from shared.engine.selftest import check_logits, own_logits
+from shared.engine.modules.fast import put_in_fast_modules
+from shared.engine.modules.linears import Quantization, quantise_linears
+from shared.engine.native.library import Library, native_library
+from shared.engine.probe import check_config, context_length, probe_layout
+from shared.engine.selftest import TOLERANCE, check_logits, own_logits
+from shared.engine.weights import DType, check_folder, load_weights
 from shared.errors import ModelRefused
+from shared.kv.layout import KVLayout
 
 logger = logging.getLogger(__name__)
 
-DType = Literal["float32", "bfloat16"]
+
+@dataclass(slots=True, frozen=True)
+class Choices:
+    """What `load_model` was asked for besides the model."""
+
+    dtype: DType
+    device: str
+    block_size: int
+    quantization: Quantization
+    native: bool
 
 
 def load_model(
-    model: str, *, dtype: DType, device: str = "cpu", num_threads: int | None = None, block_size: int = 16
+    model: str,
+    *,
+    dtype: DType,
+    device: str = "cpu",
+    num_threads: int | None = None,
+    block_size: int = 16,
+    quantization: Quantization = "none",
+    native: bool = True,
 ) -> LoadedModel:
     """Load a causal language model, put our attention in, and test it.
 
@@ -34,17 +52,18 @@ def load_model(
         device: where to compute.
         num_threads: CPU threads of torch in this process; None leaves them as they are.
         block_size: tokens in a block of KV.
+        quantization: of the weights of linears.
+        native: whether to use the native kernels where they can be had.
 
     Raises:
         ModelRefused: it cannot be loaded, or cannot be served right; the message names the model and the reason.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    is_folder = _check_folder(model)
-    started = time.monotonic()
+    is_folder = check_folder(model)
     logger.info("loading model %s as %s", model, dtype)
     try:
-        return _load(model, is_folder, dtype, device, block_size, started)
+        return _load(model, is_folder, Choices(dtype, device, block_size, quantization, native))
     except ModelRefused:
         raise
     except Exception as error:
@@ -52,75 +71,62 @@ def load_model(
         raise ModelRefused(f"model {model!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _load(model: str, is_folder: bool, dtype: DType, device: str, block_size: int, started: float) -> LoadedModel:
+def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
+    started = time.monotonic()
     config = AutoConfig.from_pretrained(model, local_files_only=is_folder)
     check_config(model, config)
-    weights = _load_weights(model, is_folder, dtype)
-    torch.nn.Module.to(weights, device)
+    weights = load_weights(model, is_folder, choices.dtype)
+    torch.nn.Module.to(weights, choices.device)
     logger.info("model %s: weights loaded after %.1f s, testing", model, time.monotonic() - started)
-    text_config = weights.config.get_text_config(decoder=True)
-    expected = own_logits(weights, text_config.vocab_size, getattr(text_config, "sliding_window", None))
-    layout = probe_layout(model, weights, dtype, block_size)
-    attention = PagedAttention()
-    weights.set_attn_implementation(attention.name)
-    name_of_weights = fingerprint(weights, layout)
+    own_attention = weights.config._attn_implementation
+    layout = probe_layout(model, weights, choices.dtype, choices.block_size)
+    name_of_weights = fingerprint(weights, layout, choices.quantization)
     parameters = list(weights.parameters())
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    num_packed = pack_linears(weights)
-    difference = check_logits(model, weights, attention, layout, expected)
-    loaded = LoadedModel(
+    library = native_library() if choices.native and weights.device.type == "cpu" else None
+    if choices.quantization == "int8":
+        _quantise(model, weights, library)
+    text_config = weights.config.get_text_config(decoder=True)
+    longest = context_length(text_config)
+    weights.set_attn_implementation(own_attention)
+    expected = own_logits(weights, text_config.vocab_size, getattr(text_config, "sliding_window", None), longest)
+    attention = _put_in_attention(weights, layout, library)
+    replaced = put_in_fast_modules(weights, library)
+    allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
+    difference = check_logits(model, weights, attention, layout, expected, allowed)
+    logger.info(
+        "model %s: ready after %.1f s, %.1fM parameters in %.0f MB, faster modules: %s, "
+        "logits within %.1g of its own, fingerprint %s",
+        *(model, time.monotonic() - started, num_parameters / 1e6, weight_bytes / 1e6, replaced),
+        *(difference, name_of_weights),
+    )
+    return LoadedModel(
         name=model,
         model=weights,
         attention=attention,
         layout=layout,
         fingerprint=name_of_weights,
         vocab_size=text_config.vocab_size,
-        max_position_embeddings=text_config.max_position_embeddings,
+        max_position_embeddings=longest,
         weight_bytes=weight_bytes,
         num_parameters=num_parameters,
     )
-    logger.info(
-        "model %s: ready after %.1f s, %.1fM parameters in %.0f MB, %d linears packed, "
-        "logits within %.1g of its own, fingerprint %s",
-        *(model, time.monotonic() - started, loaded.num_parameters / 1e6, loaded.weight_bytes / 1e6, num_packed),
-        *(difference, loaded.fingerprint),
-    )
-    return loaded
 
 
-def _load_weights(model: str, is_folder: bool, dtype: DType) -> PreTrainedModel:
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), local_files_only=is_folder, output_loading_info=True
-    )
-    weights, report = loaded
-    # transformers gives parameters that the files lack random values, and goes on.
-    lacking = sorted(report["missing_keys"]) + [key for key, *_ in report["mismatched_keys"]]
-    if lacking:
+def _quantise(model: str, weights: PreTrainedModel, library: Library | None) -> None:
+    if library is None:
         raise ModelRefused(
-            f"model {model!r}: its files lack {len(lacking)} of its parameters ({lacking[0]}, ...); "
-            "get the weights that belong to its config.json"
+            f"model {model!r}: 8-bit weights need the native kernels, and those a CPU and a C++ compiler: install g++, "
+            "or set PDSERVE_QUANTIZATION=none"
         )
-    weights.eval()
-    assert isinstance(weights, PreTrainedModel)
-    return weights
+    num_quantised = quantise_linears(weights, library)
+    logger.info("model %s: %d linears have 8-bit weights", model, num_quantised)
 
 
-def _check_folder(model: str) -> bool:
-    """Whether `model` is a folder, and if it is, whether it has what a model needs."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if model.startswith(("/", "./", "../", "~")) or folder.exists():
-            raise ModelRefused(f"model {model!r}: there is no such folder; give a folder with a model or a hub id")
-        return False
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelRefused(f"model {model!r}: the folder has no config.json; give the folder that a model was saved to")
-    try:
-        json.loads(config.read_text())
-    except ValueError as error:
-        raise ModelRefused(f"model {model!r}: its config.json is not JSON ({error}); get the file anew") from error
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise ModelRefused(f"model {model!r}: the folder has no weights; put the model's *.safetensors files there")
-    return True
+def _put_in_attention(weights: PreTrainedModel, layout: KVLayout, library: Library | None) -> PagedAttention:
+    attention = PagedAttention()
+    if library is not None:
+        attention.kernels = native_kernels(layout, library) or attention.kernels
+    weights.set_attn_implementation(attention.name)
+    return attention

@@ -15,32 +15,36 @@ from shared.kv.layout import KVLayout
 
 
 class KVPool:
-    """One tensor [num_blocks, block_elements]; memory that is never written is never touched.
+    """One tensor `data` [num_blocks, block_elements]; memory that is never written is never touched.
+
+    Behind the blocks stands one more, `trash_block`, which nobody may own: what has to be written somewhere and is of
+    no use goes there (`decode_inputs.py`).
 
     Args:
         layout: what a block holds.
-        num_blocks: how many blocks there are.
+        num_blocks: how many blocks there are for requests.
         device: where they are.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: str = "cpu") -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu") -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = torch.device(device)
         dtype: torch.dtype = getattr(torch, layout.dtype)
-        self.data = torch.empty(num_blocks, layout.block_elements, dtype=dtype, device=self.device)
-        self.keys: list[torch.Tensor] = []  # per layer [num_blocks, block_size, H, Dk], views of `data`
-        self.values: list[torch.Tensor] = []  # per layer [num_blocks, block_size, H, Dv]
+        self.trash_block = num_blocks
+        everything = torch.empty(num_blocks + 1, layout.block_elements, dtype=dtype, device=self.device)
+        self.data = everything[:num_blocks]
+        self.keys: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dk], views of the same memory
+        self.values: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dv]
         start = 0
         for layer in layout.layers:
             for views, dim in ((self.keys, layer.key_dim), (self.values, layer.value_dim)):
                 size = layout.block_size * layer.num_kv_heads * dim
-                part = self.data.narrow(1, start, size)
-                views.append(part.view(num_blocks, layout.block_size, layer.num_kv_heads, dim))
+                part = everything.narrow(1, start, size)
+                views.append(part.view(num_blocks + 1, layout.block_size, layer.num_kv_heads, dim))
                 start += size
         assert start == layout.block_elements
-        array: Any = self.data.view(torch.uint8).view(-1).numpy()
-        self._bytes = memoryview(array)
+        self._bytes = memoryview(b"") if self.device.type != "cpu" else host_bytes(self.data)
 
     def write(
         self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -66,8 +70,10 @@ class KVPool:
     def byte_views(self, blocks: Sequence[int], num_bytes: int) -> list[memoryview]:
         """The first `num_bytes` bytes of these blocks, in their order, as writable views straight into the pool.
 
-        There is one view per run of consecutive blocks, for `sock_sendall` and `sock_recv_into` without any copy.
+        There is one view per run of consecutive blocks, for `sock_sendall` and `sock_recv_into` without any copy. Only
+        a pool on the CPU has them; `staging.py` has what goes for every pool.
         """
+        assert self.device.type == "cpu", "sockets cannot reach a GPU's memory"
         block_bytes = self.layout.block_bytes
         assert 0 <= num_bytes <= len(blocks) * block_bytes, "more bytes than the blocks hold"
         views: list[memoryview] = []
@@ -77,3 +83,9 @@ class KVPool:
                 views.append(self._bytes[start * block_bytes : start * block_bytes + size])
             num_bytes -= size
         return views
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable; they keep its memory alive."""
+    array: Any = tensor.view(torch.uint8).view(-1).numpy()
+    return memoryview(array)

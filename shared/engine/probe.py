@@ -1,6 +1,10 @@
 """What a model's layers ask of attention, found out by a three-token forward pass; and whether we can give it.
 
 A feature that our attention does not have would make results silently wrong, so anything unknown leads to refusal.
+
+Two kinds of rotary embeddings change with the longest position of a row, and rows are packed from many requests:
+dynamic NTK behind `max_position_embeddings`, LongRoPE (arXiv 2402.13753) behind `original_max_position_embeddings`. Up
+to there they are constant, so that is as far as requests may reach (`context_length`), and results are the model's own.
 """
 
 from collections.abc import Iterator
@@ -8,19 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from shared.errors import ModelRefused
 from shared.kv.layout import KVLayout, LayerLayout
 
 PROBE = "pdserve_probe"
 HARMLESS = frozenset(
-    {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache"}
+    {
+        *("scaling", "sliding_window", "softcap", "s_aux"),
+        *("dropout", "is_causal", "position_ids", "cache_position", "use_cache"),
+    }
 )
 """Keyword arguments of an attention call that `PagedAttention` heeds, or may leave unheeded in inference."""
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-MOVING_ROPES = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that depend on the longest sequence of a batch: one request would change the others' results."""
 
 
 @dataclass(slots=True)
@@ -67,8 +72,11 @@ def check_config(name: str, config: PreTrainedConfig) -> None:
     """
     if config.is_encoder_decoder:
         raise ModelRefused(f"model {name!r} is an encoder-decoder; only decoder-only models can be served")
-    text_config = config.get_text_config(decoder=True)
-    for problem in _config_problems(text_config):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelRefused(
+            f"model {name!r} ({config.model_type}) cannot be served: transformers has no causal model of it"
+        )
+    for problem in _config_problems(config.get_text_config(decoder=True)):
         raise ModelRefused(f"model {name!r} ({config.model_type}) cannot be served: {problem}")
 
 
@@ -76,12 +84,18 @@ def _config_problems(config: PreTrainedConfig) -> Iterator[str]:
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if strange:
         yield f"it has layers of type {', '.join(strange)}, which the engine does not have"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if parameters.get("rope_type") in MOVING_ROPES:
-            yield f"its rope type {parameters['rope_type']} makes results depend on the other requests in a batch"
     if getattr(config, "max_position_embeddings", None) is None:
         yield "its config.json does not say max_position_embeddings, the most tokens it can take"
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The most tokens a request may have: as many as the model takes, or fewer where its rope would change."""
+    length: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") == "longrope":
+            length = min(length, parameters["original_max_position_embeddings"])
+    return length
 
 
 @torch.inference_mode()

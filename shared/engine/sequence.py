@@ -20,6 +20,8 @@ def num_kv_tokens(num_token_ids: int, num_prompt_tokens: int, max_tokens: int, n
 class Sequence:
     """A request that the engine works on. The engine appends to `token_ids` and advances the counts; the rest is fixed.
 
+    Once it has left the engine, `num_computed_tokens` says exactly whose KV is there.
+
     Args:
         request_id: unique among the sequences of an engine.
         token_ids: prompt and generated tokens. It may hold generated tokens from the start: when a failed attempt is
@@ -30,6 +32,9 @@ class Sequence:
         sampling: how tokens are chosen, and when the request ends.
         num_to_generate: how many tokens to generate here; 1 in the prefill role.
         num_computed_tokens: the leading tokens whose KV is in `blocks`.
+        num_shared_blocks: the leading blocks that sequences before this one have filled, or are to fill. The block of
+            the last token is never among them.
+        num_cached_tokens: the leading tokens that were computed for others, as far as this one has come.
     """
 
     request_id: str
@@ -40,15 +45,17 @@ class Sequence:
     num_to_generate: int
     num_computed_tokens: int = 0
     num_generated: int = 0
+    num_shared_blocks: int = 0
+    num_cached_tokens: int = 0
     block_table: torch.Tensor = field(init=False, repr=False)
-    """`blocks` as int64 [num_blocks]."""
+    """`blocks` as int32 [num_blocks]."""
 
     def __post_init__(self) -> None:
         assert 0 < self.num_prompt_tokens <= len(self.token_ids), "a sequence has a prompt"
         assert 0 <= self.num_computed_tokens < len(self.token_ids), "the last token has no KV yet"
         assert self.num_to_generate > 0, "a sequence generates something"
         assert self.output_index < self.sampling.max_tokens, "the request has all its tokens"
-        self.block_table = torch.tensor(self.blocks, dtype=torch.int64)
+        self.block_table = torch.tensor(self.blocks, dtype=torch.int32)
 
     @property
     def output_index(self) -> int:

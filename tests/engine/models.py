@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
@@ -19,9 +21,8 @@ from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.sequence import NewToken, Sequence
 from shared.sampling import SamplingParams
+from tests.families.table import FAMILIES, VOCAB_SIZE, WINDOW
 
-VOCAB_SIZE = 503
-WINDOW = 24
 _SMALL = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,
@@ -50,13 +51,20 @@ def mistral(**changes: object) -> PreTrainedConfig:
     return MistralConfig(**{**_SMALL, "sliding_window": WINDOW, **changes})
 
 
-CONFIGS = {"llama": llama, "qwen3": qwen3, "mistral": mistral}
+UNLIKE_LLAMA = ("DeepSeek-V3", "Gemma 2", "GPT-2", "gpt-oss", "Phi-3")
+CONFIGS = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "mistral": mistral,
+    **{family.name: family.config for family in FAMILIES if family.name in UNLIKE_LLAMA},
+}
 
 
 def save(config: PreTrainedConfig, folder: Path) -> str:
     """Make a model with random weights, always the same, and save it. Returns the folder."""
     torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    kind.from_config(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -74,16 +74,3 @@ def test_no_block_is_held_twice_or_lost(actions: list[tuple[bool, int]]) -> None
     for blocks in held:
         allocator.free(blocks)
     assert allocator.allocate(24) == list(range(24))
-
-
-def test_extending_takes_only_what_is_missing() -> None:
-    allocator = BlockAllocator(6)
-    blocks = allocator.allocate(2)
-    assert blocks is not None
-    assert allocator.extend(blocks, 2) == blocks
-    more = allocator.extend(blocks, 5)
-    assert more is not None
-    assert more[:2] == blocks
-    assert len(set(more)) == 5
-    assert allocator.extend(more, 7) is None
-    assert allocator.num_free == 1

@@ -1,11 +1,16 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import BloomConfig, Gemma2Config, MambaConfig, PreTrainedConfig
+import torch
+from transformers import BertConfig, BloomConfig, MambaConfig, PreTrainedConfig, ViTConfig
 
+from shared.engine.kernels import plain
+from shared.engine.kernels.plain import paged_decode
 from shared.engine.loader import load_model
 from shared.errors import ModelRefused
 from shared.kv.layout import LayerLayout
@@ -91,22 +96,19 @@ def test_unknown_architecture(copy: Path) -> None:
 
 
 SMALL: dict[str, int] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
-GEMMA2 = Gemma2Config(**SMALL, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+VISION = {"num_attention_heads": 2, "intermediate_size": 48, "image_size": 28, "patch_size": 14}
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (MambaConfig(**SMALL, state_size=4), "linear_attention"),
-        (GEMMA2, "softcap"),
         (BloomConfig(**SMALL, n_head=2), "max_position_embeddings"),
         (BloomConfig(**SMALL, n_head=2, max_position_embeddings=128), "layers [0, 1] do not use"),
-        (
-            llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
-            "rope type dynamic",
-        ),
+        (BertConfig(**SMALL, intermediate_size=48, num_attention_heads=2), "not causal"),
+        (ViTConfig(hidden_size=32, num_hidden_layers=1, **VISION), "no causal model"),
     ],
-    ids=["mamba", "softcap", "unknown length", "own attention", "dynamic rope"],
+    ids=["mamba", "unknown length", "own attention", "encoder", "vision"],
 )
 def test_what_the_engine_cannot_compute(config: PreTrainedConfig, reason: str, tmp_path: Path) -> None:
     message = refusal(save(config, tmp_path / "model"))
@@ -114,6 +116,25 @@ def test_what_the_engine_cannot_compute(config: PreTrainedConfig, reason: str, t
     assert config.model_type in message
 
 
-def test_the_selftest_notices_wrong_logits(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.engine.pool.KVPool.write", lambda *_: None)
-    assert "other logits" in refusal(folders["llama"])
+def paged_decode_without_window(*places: torch.Tensor, window: int | None, **options: Any) -> torch.Tensor:
+    return paged_decode(*places, window=None, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "faulty"),
+    [("llama", "put", lambda *_: None), ("mistral", "paged_decode", paged_decode_without_window)],
+    ids=["nothing stored", "decode without window"],
+)
+def test_the_selftest_notices_wrong_logits(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str, function: str, faulty: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(plain, function, faulty)
+    with pytest.raises(ModelRefused, match="other logits"):
+        load_model(folders[name], dtype="float32", native=False)
+
+
+def test_a_rope_that_changes_ends_the_context(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
+    loaded = load_model(save(llama(rope_parameters=rope), tmp_path), dtype="float32")
+    assert loaded.max_position_embeddings == 64

@@ -1,0 +1,35 @@
+"""Sampling where the logits are on a GPU: as little as possible is brought to the host, in one read.
+
+Requests that take the likeliest token as it is need nothing but its id. If any request of a step asks for more, the
+logits of all come to the host and are sampled there, so that a request gets the same text on every device.
+"""
+
+import torch
+
+from shared.engine.sampler import GREEDY_BELOW, LOWEST, Choice, sample
+from shared.engine.sequence import Sequence
+
+
+def sample_on_host(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """As `sample`, for logits anywhere; it returns when the device has computed them."""
+    if logits.device.type != "cpu" and all(takes_likeliest(sequence) for sequence in sequences):
+        return likeliest(logits)
+    return sample(logits.cpu(), sequences)
+
+
+def likeliest(logits: torch.Tensor) -> list[Choice]:
+    """What `sample` chooses for sequences that take the likeliest token. It overwrites the logits, too."""
+    logits.nan_to_num_(nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
+    return [Choice(token_id, None, []) for token_id in logits.argmax(-1).tolist()]
+
+
+def takes_likeliest(sequence: Sequence) -> bool:
+    """Whether a sequence's next token is the likeliest by unchanged logits, and nobody asks how likely it is."""
+    sampling = sequence.sampling
+    held_back = sequence.output_index < sampling.min_tokens and sampling.stop_token_ids
+    return (
+        sampling.temperature < GREEDY_BELOW
+        and sampling.logprobs is None
+        and sampling.repetition_penalty == 1.0
+        and not (sampling.logit_bias or held_back or sampling.presence_penalty or sampling.frequency_penalty)
+    )
