@@ -9,6 +9,10 @@ FROM ${PYTHON_IMAGE}
 ENV OMP_WAIT_POLICY=passive PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # More arguments for pip, such as the index that has torch's CPU build.
 ARG PIP_ARGS=""
+# A compiler, with which instances build the native kernels for the processor they find; "" for an image without.
+ARG APT_PACKAGES="g++"
+RUN [ -z "${APT_PACKAGES}" ] || { apt-get update -q && apt-get install -qy --no-install-recommends ${APT_PACKAGES} && \
+    rm -rf /var/lib/apt/lists/*; }
 WORKDIR /app
 
 # From what changes least to what changes most, so that new code reinstalls nothing.
@@ -31,6 +35,6 @@ RUN pip install --no-deps --no-build-isolation -e . && python -m compileall -q p
 
 USER pdserve
 WORKDIR /home/pdserve
-ENV HF_HOME=/cache
+ENV HF_HOME=/cache XDG_CACHE_HOME=/cache
 EXPOSE 8000
 CMD ["pdserve", "up", "--host", "0.0.0.0"]

@@ -22,6 +22,7 @@ setup: .venv/.done
 	$(PYTHON) -m venv .venv
 	@echo "installing torch, transformers and a few more: a minute or two, and longer where torch comes with CUDA"
 	$(PIP) -e .
+	@$(BIN)/python -m shared.engine.native
 	@touch $@
 
 # What tests and linters need besides.

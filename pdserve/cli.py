@@ -45,6 +45,7 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     up.add_argument("--decode", type=_count, default=1, metavar="N", help="decode instances (default 1)")
     up.add_argument("--host", help="address of the HTTP API (default 127.0.0.1)")
     up.add_argument("--port", type=_port, help="port of the HTTP API (default 8000)")
+    up.add_argument("--quantization", choices=["none", "int8"], help="of the weights (default none)")
     up.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and KV (default float32)")
     up.add_argument(
         "--max-model-len", type=_count, help="longest request in tokens, prompt and answer (default: the model's)"
@@ -81,7 +82,12 @@ def _run_up(arguments: argparse.Namespace) -> int:
     model = _given(model=arguments.model, model_name=arguments.model_name)
     servers = _given(nats_url=arguments.nats, redis_url=arguments.redis)
     gateway = _given(http_host=arguments.host, http_port=arguments.port)
-    instance = _given(dtype=arguments.dtype, max_model_len=arguments.max_model_len, threads=arguments.threads)
+    instance = _given(
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        max_model_len=arguments.max_model_len,
+        threads=arguments.threads,
+    )
     wishes = Wishes(arguments.prefill, arguments.decode, gateway | model | servers, instance | model | servers)
     return up(wishes, Path.cwd())
 

@@ -65,7 +65,7 @@ class Engine:
         plan = schedule(self._sequences.values(), self.max_step_tokens, block_size)
         batch = build_batch(plan, block_size, self.pool.data.dtype)
         logits = self.loaded.logits(self.pool, batch)
-        choices = sample(logits, batch.sampled)
+        choices = sample(logits, batch.sampled, self.loaded.library)
         return self._advance(batch, choices)
 
     def _follow(self, sequence: Sequence, block_size: int) -> None:

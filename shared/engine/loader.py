@@ -111,6 +111,7 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
         max_position_embeddings=longest,
         weight_bytes=weight_bytes,
         num_parameters=num_parameters,
+        library=library,
     )
 
 

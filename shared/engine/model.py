@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from shared.engine.attention import PagedAttention
 from shared.engine.batch import Batch
+from shared.engine.native.library import Library
 from shared.engine.pool import KVPool
 from shared.kv.layout import KVLayout
 
@@ -31,6 +32,8 @@ class LoadedModel:
     max_position_embeddings: int
     weight_bytes: int
     num_parameters: int
+    library: Library | None = None
+    """The native kernels, where they are in use."""
 
     def logits(self, pool: KVPool, batch: Batch) -> torch.Tensor:
         """Compute a batch, write its KV to the pool, return fp32 logits [N, V] of the sequences that get a token."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from shared.engine.adjust import adjust
-from shared.engine.noise import gumbel
+from shared.engine.native.library import Library
+from shared.engine.noise import likeliest_with_noise
 from shared.engine.sequence import Sequence
 from shared.engine.truncate import truncate
 
@@ -28,12 +29,13 @@ class Choice:
     top: list[tuple[int, float]]
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+def sample(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> list[Choice]:
     """Choose the next token of N sequences.
 
     Args:
         logits: fp32 [N, V]; they are overwritten. A model that overflows gives NaN: such tokens are never chosen.
         sequences: their sequences, still without the new token.
+        library: the native kernels, if there are any; they choose the same.
     """
     if not sequences:
         return []
@@ -45,7 +47,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     drawn = [row for row, sequence in enumerate(sequences) if sequence.sampling.temperature >= GREEDY_BELOW]
     if drawn:
         part = logits if len(drawn) == len(sequences) else logits[drawn]
-        tokens[drawn] = draw(part, [sequences[row] for row in drawn])
+        tokens[drawn] = draw(part, [sequences[row] for row in drawn], library)
     choices = [Choice(token, None, []) for token in tokens.tolist()]
     if logprobs is not None:
         num_top = max(sequences[row].sampling.logprobs or 0 for row in with_logprobs)
@@ -57,7 +59,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     return choices
 
 
-def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+def draw(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> torch.Tensor:
     """Draw a token [N] per row of logits [N, V]: the likeliest after Gumbel noise has been added.
 
     That is a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030). Unlike a draw by the cumulative
@@ -67,4 +69,4 @@ def draw(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
     logits = logits / torch.tensor([[params.temperature] for params in sampling], dtype=logits.dtype)
     truncate(logits, sampling)
     draws = [(sequence.sampling.seed, sequence.output_index) for sequence in sequences]
-    return (logits + gumbel(draws, logits.shape[1])).argmax(-1)
+    return likeliest_with_noise(logits, draws, library)

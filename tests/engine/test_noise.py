@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
-from shared.engine.noise import gumbel
+from shared.engine.native.library import native_library
+from shared.engine.noise import gumbel, likeliest_with_noise
 
 
 def test_it_is_standard_gumbel_noise() -> None:
@@ -27,3 +29,17 @@ def test_neighbours_have_nothing_in_common() -> None:
     noise = gumbel([(0, 0), (0, 1), (1, 0)], 20_000)
     correlations = torch.corrcoef(torch.cat([noise, noise[:1].roll(1, 1)]))
     assert (correlations - torch.eye(4)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 1000, 50_257])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_the_native_draw_finds_the_same_token(vocab_size: int, scale: float) -> None:
+    library = native_library()
+    if library is None:
+        pytest.skip("there is no C++ compiler here")
+    num_draws = 2_000_000 // max(vocab_size, 10_000)
+    draws = [(seed * 977 + 2**63, seed) for seed in range(num_draws)]
+    logits = scale * torch.randn(num_draws, vocab_size, generator=torch.Generator().manual_seed(1))
+    logits[:, 1::3] = float("-inf")  # as truncation leaves them
+    expected = likeliest_with_noise(logits, draws, None)
+    assert torch.equal(likeliest_with_noise(logits, draws, library), expected)

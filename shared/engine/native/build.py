@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("linear.cpp", "elementwise.cpp", "decode.cpp", "prefill.cpp")
+SOURCES = ("linear.cpp", "elementwise.cpp", "decode.cpp", "prefill.cpp", "draw.cpp")
 HEADERS = ("vectors.h", "tile.h", "paged.h")
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-Wno-psabi")
 # Without -fopenmp here, the library uses the OpenMP that torch has loaded already, and its threads.

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import logging
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import c_float, c_int, c_long, c_uint64, c_void_p
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class Library:
             for name, arguments in _ARGUMENTS.items()
             for dtype, suffix in DTYPES.items()
         }
+        self.draw = _function(loaded, "pd_draw", [c_void_p, c_long, c_uint64])
+        """Address and number of fp32 logits, key; returns the token."""
+        self.draw.restype = c_long
 
     def function(self, name: str, dtype: torch.dtype) -> Any:
         """`pd_<name>_<dtype>` of the sources; KeyError where there is none for the type."""
