@@ -6,15 +6,16 @@ logits of all come to the host and are sampled there, so that a request gets the
 
 import torch
 
+from shared.engine.native.library import Library
 from shared.engine.sampler import GREEDY_BELOW, LOWEST, Choice, sample
 from shared.engine.sequence import Sequence
 
 
-def sample_on_host(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+def sample_on_host(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> list[Choice]:
     """As `sample`, for logits anywhere; it returns when the device has computed them."""
     if logits.device.type != "cpu" and all(takes_likeliest(sequence) for sequence in sequences):
         return likeliest(logits)
-    return sample(logits.cpu(), sequences)
+    return sample(logits.cpu(), sequences, library)
 
 
 def likeliest(logits: torch.Tensor) -> list[Choice]:
