@@ -78,6 +78,7 @@ def paged_decode(
         MIN_SHARE=MIN_SPLIT_TOKENS,
         # the interpreter would multiply the bit patterns of bfloat16
         WIDEN=INTERPRETED and keys.dtype == torch.bfloat16,
+        enable_fp_fusion=True,  # Triton warns where nothing is said
         **shape,
     )
     output = query.new_empty(num_rows, num_heads, value_dim)
@@ -86,8 +87,8 @@ def paged_decode(
         HAS_SINKS=sinks is not None,
         VALUE_DIM=value_dim,
         NUM_SPLITS=num_splits,
-        SPLITS_PADDED=triton.next_power_of_2(num_splits),
         VALUE_DIM_PADDED=shape["VALUE_DIM_PADDED"],
+        enable_fp_fusion=True,
     )
     return output
 
@@ -95,12 +96,13 @@ def paged_decode(
 def choose_num_splits(num_pairs: int, max_tokens: int, num_sms: int) -> int:
     """Into how many splits the KV of each of `num_pairs` (row, key head) is cut.
 
-    Enough to keep the processors busy and no more than the longest request has use for. Requests of any length get as
-    many; each cuts its own tokens evenly, so that short ones are spread as well.
+    Enough to keep the processors busy and no more than the longest request has use for; a power of two, so that few
+    kernels are compiled. Requests of any length get as many: each cuts its own tokens evenly, so that short ones are
+    spread as well.
     """
     wanted = -(-PROGRAMS_PER_SM * num_sms // num_pairs)
     useful = -(-max_tokens // MIN_SPLIT_TOKENS)
-    return max(1, min(wanted, useful, MAX_SPLITS))
+    return min(MAX_SPLITS, triton.next_power_of_2(min(wanted, useful)))
 
 
 def tiles(group: int, key_dim: int, value_dim: int, element_bytes: int) -> dict[str, int]:
@@ -246,21 +248,20 @@ def _combine(
     HAS_SINKS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
 ):
     """Put the splits of one head of one row together."""
     row, head = tl.program_id(0), tl.program_id(1)
     place = row * tl.num_programs(1) + head
-    splits = tl.arange(0, SPLITS_PADDED)
+    splits = tl.arange(0, NUM_SPLITS)
     value_dims = tl.arange(0, VALUE_DIM_PADDED)
-    is_split, is_value_dim = splits < NUM_SPLITS, value_dims < VALUE_DIM
+    is_value_dim = value_dims < VALUE_DIM
 
-    some_peaks = tl.load(peaks + place * NUM_SPLITS + splits, mask=is_split, other=float("-inf"))
-    some_sums = tl.load(sums + place * NUM_SPLITS + splits, mask=is_split, other=0.0)
+    some_peaks = tl.load(peaks + place * NUM_SPLITS + splits)
+    some_sums = tl.load(sums + place * NUM_SPLITS + splits)
     mixed = tl.load(
         partial + (place * NUM_SPLITS + splits).to(tl.int64)[:, None] * VALUE_DIM + value_dims[None, :],
-        mask=is_split[:, None] & is_value_dim[None, :],
+        mask=is_value_dim[None, :],
         other=0.0,
     )
     # finite even for a row of length 0, whose peaks are all -inf

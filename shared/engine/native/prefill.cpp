@@ -83,14 +83,17 @@ struct Rows {
     float weigh(long row, long chunk, floats (&scores)[CHUNK / LANES], T* weights) {
         const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         const int32_t last = (int32_t)(position(row) - chunk), first = shape.window ? last - (int32_t)shape.window : -1;
+        const bool sees_all = last >= CHUNK - 1 && first < 0;
         floats most = splat(running[row].most);
         for (int i = 0; i < CHUNK / LANES; i++) {
-            floats capped = scores[i] * shape.scale;
+            scores[i] *= shape.scale;
             if (shape.softcap > 0) {
-                capped = shape.softcap * (1.0f - 2.0f / (exponential(2.0f / shape.softcap * capped) + 1.0f));
+                scores[i] = shape.softcap * (1.0f - 2.0f / (exponential(2.0f / shape.softcap * scores[i]) + 1.0f));
             }
-            const ints slot = lane + i * LANES;
-            scores[i] = select((slot <= last) & (slot > first), capped, splat(-INFINITY));
+            if (!sees_all) {
+                const ints slot = lane + i * LANES;
+                scores[i] = select((slot <= last) & (slot > first), scores[i], splat(-INFINITY));
+            }
             most = larger(scores[i], most);
         }
         const float before = running[row].most, now = largest(most);

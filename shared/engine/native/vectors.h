@@ -47,10 +47,13 @@ static inline void store(float* to, floats lanes) { memcpy(to, &lanes, sizeof la
 
 // Rounds to the nearest, ties to even; NaN stays NaN.
 static inline void store(bf16* to, floats lanes) {
-    words bits = (words)lanes;
-    words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    rounded = lanes == lanes ? rounded : (words{} + 0x7fc0);
-    halves narrow = __builtin_convertvector(rounded, halves);
+#ifdef __AVX512BF16__
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)lanes);
+#else
+    const words bits = (words)lanes;
+    const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const halves narrow = __builtin_convertvector(lanes == lanes ? rounded : words{} + 0x7fc0, halves);
+#endif
     memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -90,13 +93,17 @@ static inline void store_some(T* to, long count, floats lanes) {
 static inline floats rounded(float, floats lanes) { return lanes; }
 
 static inline floats rounded(bf16, floats lanes) {
+#ifdef __AVX512BF16__
+    return (floats)(wide((halves)_mm512_cvtneps_pbh((__m512)lanes)) << 16);
+#else
     bf16 stored[LANES];
     store(stored, lanes);
     return load(stored);
+#endif
 }
 
 static inline floats select(ints condition, floats yes, floats no) {
-    return (floats)(((ints)yes & condition) | ((ints)no & ~condition));
+    return condition ? yes : no;
 }
 
 // Lane i of the result is lane i + distance (mod 16).
@@ -114,7 +121,9 @@ static inline float sum(floats lanes) {
     return lanes[0];
 }
 
-static inline floats larger(floats a, floats b) { return select(a > b, a, b); }
+static inline floats larger(floats a, floats b) { return a > b ? a : b; }
+
+static inline floats smaller(floats a, floats b) { return a < b ? a : b; }
 
 static inline float largest(floats lanes) {
     lanes = larger(lanes, turned<8>(lanes));
@@ -124,9 +133,19 @@ static inline float largest(floats lanes) {
     return lanes[0];
 }
 
-// e to the power of x, within 2 units of the last place: 2^n times a polynomial (Cephes, expf). Below -87 it is 0.
+// `times` 2 to the power of n, an integer of at least -126.
+static inline floats power_of_2(floats n, floats times) {
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)times, (__m512)n);
+#else
+    return times * (floats)((__builtin_convertvector(n, ints) + 127) << 23);
+#endif
+}
+
+// e to the power of x, within 2 units of the last place: 2^n times a polynomial (Cephes, expf). Below -87 it is 0, above
+// 88 it is e^88.
 static inline floats exponential(floats x) {
-    const floats clamped = select(x > 88.0f, splat(88.0f), select(x < -87.0f, splat(-87.0f), x));
+    const floats clamped = larger(smaller(x, splat(88.0f)), splat(-87.0f));
     const floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const floats n = clamped * 1.44269504088896341f + magic - magic;
     const floats r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
@@ -137,6 +156,5 @@ static inline floats exponential(floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
-    return select(x < -87.0f, floats{}, p * (floats)power);
+    return select(x < -87.0f, floats{}, power_of_2(n, p));
 }
