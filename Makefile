@@ -51,8 +51,9 @@ test-families: .venv/.dev
 	$(BIN)/pytest -q --write-docs tests/families
 
 # Triton comes with torch's CUDA build. Where it has not, it gets a folder of its own, which nothing else looks into.
-.venv/triton: .venv/.dev
-	@$(BIN)/python -c 'import triton' 2>/dev/null && mkdir -p $@ || $(PIP) --no-deps --target $@ triton==3.9.0
+.venv/.triton: .venv/.dev
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps --upgrade --target .venv/triton triton==3.9.0
+	@touch $@
 
-test-gpu: .venv/triton
+test-gpu: .venv/.triton
 	PYTHONPATH=.venv/triton $(BIN)/pytest -q tests/gpu
