@@ -5,10 +5,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from shared.engine.engine import Engine
 from shared.engine.kernels import plain
 from shared.engine.kernels.native import NativeKernels
+from shared.engine.loader import load_model
 from shared.engine.native import build
 from shared.engine.native.library import native_library
+from shared.engine.pool import KVPool
+from shared.engine.sequence import NewToken
+from shared.sampling import SamplingParams
+
+from .models import prompt_of, run, sequence_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -164,3 +171,26 @@ def test_a_compiler_that_fails_is_no_error(
         pytest.skip("there is no C++ compiler here")
     assert build.built_library() is None
     assert "cannot be built" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_requests_logits_do_not_depend_on_its_company(folders: dict[str, str], dtype: str) -> None:
+    """A whole model, alone and among others, in chunks cut elsewhere: the same log probabilities, to the bit."""
+    loaded = load_model(folders["llama"], dtype=dtype)
+    if loaded.library is None:
+        pytest.skip("there is no C++ compiler here")
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, logprobs=5)
+    lengths = (5, 90, 33, 61)
+
+    def answers(company: tuple[int, ...], max_step_tokens: int) -> dict[str, list[NewToken]]:
+        engine = Engine(loaded, KVPool(loaded.layout, 40), max_step_tokens)
+        first_block = 0
+        for length in company:
+            sequence = sequence_of(engine, prompt_of(length), sampling, request_id=str(length), first_block=first_block)
+            first_block += len(sequence.blocks)
+            engine.add(sequence)
+        return run(engine)
+
+    together = answers(lengths, 40)
+    for length in lengths:
+        assert answers((length,), 512)[str(length)] == together[str(length)]
