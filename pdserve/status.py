@@ -49,7 +49,7 @@ def show(status: Status) -> None:
     for group in status.groups:
         late = f", {len(group.late)} late" if group.late else ""
         print(f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}")
-    rows = [("INSTANCE", "ROLE", "STATE", "SLOTS", "BLOCKS FREE", "EPOCH", "HEARTBEAT", "PID", "HOST")]
+    rows = [("INSTANCE", "ROLE", "STATE", "SLOTS", "BLOCKS FREE", "CACHED", "EPOCH", "HEARTBEAT", "PID", "HOST")]
     for one in status.instances:
         rows.append(
             (
@@ -58,6 +58,7 @@ def show(status: Status) -> None:
                 "late" if one.late else one.state,
                 f"{one.slots_used}/{one.slots_total}",
                 f"{one.blocks_free}/{one.blocks_total}",
+                str(one.blocks_cached),
                 str(one.epoch),
                 f"{one.heartbeat_age_s:.1f} s",
                 str(one.pid),

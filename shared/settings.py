@@ -105,7 +105,12 @@ class InstanceSettings(ModelSettings):
 
     role: Role = "prefill"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu"] = "cpu"
+    device: str = "cpu"
+    """Where to compute and keep KV: `cpu`, `cuda` (the first GPU) or `cuda:N`."""
+    quantization: Literal["none", "int8"] = "none"
+    """Of the weights of linears, as they are loaded."""
+    native_kernels: bool = True
+    """Whether to use the kernels in C++ where there is a compiler to build them."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Torch threads of this instance; 0 takes all cores of the machine."""
     kv_host: str = "127.0.0.1"
@@ -117,6 +122,8 @@ class InstanceSettings(ModelSettings):
     block_size: Literal[8, 16, 32, 64, 128] = 16
     max_model_len: Annotated[int, Field(ge=0)] = 0
     """The longest request in tokens, prompt and answer; 0 takes the model's, or what the pool holds if that is less."""
+    prefix_cache: bool = True
+    """Whether requests that begin alike share KV, and KV that nobody holds is kept while there is room."""
     prefill_slots: Annotated[int, Field(ge=1)] = 8
     decode_slots: Annotated[int, Field(ge=1)] = 64
     decode_reserve_tokens: Annotated[int, Field(ge=1)] = 256

@@ -15,13 +15,19 @@ from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer
 
 
+class FirstToken(OutputToken):
+    """The first token of a request, and how many tokens of its prompt were found in a prefix cache."""
+
+    num_cached_tokens: int
+
+
 class Core(Protocol):
     """Generates tokens somewhere."""
 
     def generate(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
     ) -> AsyncGenerator[OutputToken, None]:
-        """The request's tokens as they come; the last one, and only that, has a finish reason.
+        """The request's tokens as they come: a FirstToken first; the last one, and only that, has a finish reason.
 
         Closing the generator cancels the request everywhere. It raises RequestError where the request fails.
         `deadline` is in Unix seconds.

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from services.gateway.api import FirstToken
 from shared.bus.messages import OutputToken, TokenLogprobs
 from shared.errors import InstanceFailed
 from shared.sampling import FinishReason
@@ -20,12 +21,14 @@ class TextDelta:
         token_ids: the generated token.
         logprobs: one item for each of `token_ids` if the request asked for them, else empty.
         finish_reason: set in the last delta, and only there.
+        num_cached_tokens: how many tokens of the prompt were cached; in the first delta, and only there.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int | None = None
 
 
 async def complete(
@@ -66,7 +69,8 @@ async def complete(
                 # Before the client takes the last delta: it may be slow, and a slot is held until then.
                 await tokens.aclose()
             logprobs = [] if token.logprobs is None else [token.logprobs]
-            yield TextDelta(text, [token.token_id], logprobs, finish_reason)
+            num_cached_tokens = token.num_cached_tokens if isinstance(token, FirstToken) else None
+            yield TextDelta(text, [token.token_id], logprobs, finish_reason, num_cached_tokens)
             if finish_reason is not None:
                 return
     raise InstanceFailed("The generation broke off without a finish reason; send the request again.")

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from services.gateway import policy
+from services.gateway.api import FirstToken
 from services.gateway.line import Line, Wish
 from services.gateway.streams import AttemptFailed, Stream, Streams
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Cancel, DecodeRequest, KVLease, OutputToken, PrefillRequest
+from shared.bus.messages import Cancel, DecodeRequest, KVLease, OutputToken, Prefilled, PrefillRequest
 from shared.errors import RETRY_AFTER_S, DeadlineExceeded, InstanceFailed, Overloaded
 from shared.registry.records import InstanceRecord, Role
 from shared.sampling import SamplingParams
@@ -30,12 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Generation:
-    """A request: what was asked for, and what has been generated so far."""
+    """A request: what was asked for, when it came, and what has been generated so far."""
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     deadline: float
+    arrived_at: float = field(default_factory=time.time)
     output_token_ids: list[int] = field(default_factory=list)
     fingerprint: str | None = None
     """Of the weights that the request has begun with: it never goes on with others."""
@@ -113,7 +115,7 @@ class Generator:
                 prefilled = await stream.prefilled(self._patience_s(generation))
                 _check_index(prefilled.token, generation)
                 token_ids = [*generation.token_ids, prefilled.token.token_id]
-                yield prefilled.token
+                yield prefilled.token if generation.has_begun else _first_token(prefilled)
                 if prefilled.lease is None:
                     stream.holders.discard(prefill.id)
                     return
@@ -154,6 +156,7 @@ class Generator:
                 token_ids=generation.token_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids),
                 sampling=generation.sampling,
+                arrived_at=generation.arrived_at,
             )
 
         until = generation.deadline
@@ -190,11 +193,12 @@ class Generator:
                 token_ids=token_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids),
                 sampling=generation.sampling,
+                arrived_at=generation.arrived_at,
                 lease=lease,
             )
 
         until = min(generation.deadline, lease.expires_at)
-        suits = partial(policy.can_decode, generation.fingerprint)
+        suits = partial(policy.can_decode, generation.fingerprint, generation.num_tokens_at_end)
         try:
             return await self._wait(self._decode_line, "wait_decode", stream, request_for, suits, until, generation)
         except TimeoutError as error:
@@ -238,6 +242,10 @@ class Generator:
         if left <= 0:
             raise DeadlineExceeded("the request's deadline has passed")
         return min(left, self._settings.token_timeout_s)
+
+
+def _first_token(prefilled: Prefilled) -> FirstToken:
+    return FirstToken(**dict(prefilled.token), num_cached_tokens=prefilled.num_cached_tokens)
 
 
 def _check_index(token: OutputToken, generation: Generation) -> None:

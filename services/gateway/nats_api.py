@@ -182,7 +182,7 @@ class NatsApi:
         timeout_s = min(request.timeout_s or self._api.request_timeout_s, self._api.request_timeout_s)
         deadline = time.time() + timeout_s
         prompt_token_ids, sampling = await self._read(request)
-        num_tokens = 0
+        num_tokens = num_cached_tokens = 0
         finish_reason: FinishReason | None = None
         tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=answering.key, deadline=deadline)
         deltas = complete(
@@ -195,6 +195,9 @@ class NatsApi:
             async for delta in deltas:
                 timer.token(time.monotonic())
                 num_tokens += len(delta.token_ids)
+                if delta.num_cached_tokens is not None:
+                    num_cached_tokens = delta.num_cached_tokens
+                    self._api.metrics.count_cached(len(prompt_token_ids), num_cached_tokens)
                 finish_reason = delta.finish_reason
                 chunk = GenerateChunk(
                     id=answering.id,
@@ -213,6 +216,7 @@ class NatsApi:
             prompt_tokens=len(prompt_token_ids),
             completion_tokens=num_tokens,
             total_tokens=len(prompt_token_ids) + num_tokens,
+            cached_tokens=num_cached_tokens,
         )
         done = GenerateDone(id=answering.id, index=answering.inbox.index, finish_reason=finish_reason, usage=usage)
         await answering.inbox.send(done)

@@ -18,9 +18,11 @@ def order(
     return sorted(candidates, key=lambda one: (num_open.get(one.id, 0), tie.random()))
 
 
-def can_decode(fingerprint: str | None, instance: InstanceRecord) -> bool:
-    """Whether `instance` can go on with KV made under `fingerprint`: same weights, dtype and layout."""
-    return instance.fingerprint == fingerprint
+def can_decode(fingerprint: str | None, num_tokens: int, instance: InstanceRecord) -> bool:
+    """Whether `instance` can go on with KV made under `fingerprint` (same weights, dtype and layout) to `num_tokens`
+    tokens.
+    """
+    return instance.fingerprint == fingerprint and num_tokens <= instance.max_model_len
 
 
 def can_prefill(
@@ -33,5 +35,5 @@ def can_prefill(
     return (
         fingerprint in (None, instance.fingerprint)
         and num_tokens <= instance.max_model_len
-        and any(can_decode(instance.fingerprint, one) for one in decoders)
+        and any(can_decode(instance.fingerprint, num_tokens, one) for one in decoders)
     )

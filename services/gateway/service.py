@@ -75,7 +75,7 @@ class Gateway:
             core=self,
             tokenizer=tokenizer,
             served_model_name=settings.served_model_name,
-            metrics=GatewayMetrics(),
+            metrics=GatewayMetrics(settings.group),
             api_keys=settings.api_key_set,
             max_body_bytes=settings.max_body_bytes,
             request_timeout_s=settings.request_timeout_s,

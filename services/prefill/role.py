@@ -7,12 +7,11 @@ on-demand forwarding), and there is no queue in which a request could be stuck.
 import secrets
 import time
 
-from opentelemetry import trace
-
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, KVLease, Prefilled, PrefillRequest
 from shared.engine.sequence import NewToken
 from shared.instance.outbox import output_token
+from shared.instance.reservations import Room
 from shared.instance.role import Held, Role
 from shared.kv.holder import Lease
 from shared.telemetry import tracing
@@ -27,24 +26,16 @@ class PrefillRole(Role):
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(PrefillRequest)
-        num_tokens = len(request.token_ids)
-        reason = self.refusal(request, num_tokens=num_tokens, deadline=incoming.deadline)
+        num_blocks = self.parts.loaded.layout.num_blocks(len(request.token_ids))
+        room = Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
+        reason = self.refusal(request, room, incoming.deadline)
         if reason is not None:
             return Answer(accepted=False, reason=reason)
-        sequence = self.sequence(request, num_tokens=num_tokens, num_computed_tokens=0, num_to_generate=1)
-        span = tracing.tracer.start_span(
-            "prefill",
-            incoming.trace_context,
-            trace.SpanKind.SERVER,
-            {
-                tracing.INSTANCE_ID: self.parts.instance_id,
-                tracing.REQUEST_ID: request.request_id,
-                tracing.NUM_PROMPT_TOKENS: num_tokens,
-                tracing.NUM_BLOCKS: len(sequence.blocks),
-            },
-        )
-        self.hold(Held(request.request_id, request.gateway_id, sequence, incoming.deadline, span, in_engine=True))
-        self.parts.runner.add(sequence)
+        held = self.hold(request, room, incoming, num_to_generate=1)
+        # From now on requests that begin alike share its blocks: they follow while the engine fills them.
+        self.parts.cache.name(held.reservation.allocation, request.token_ids)
+        held.in_engine = True
+        self.parts.runner.add(held.sequence)
         return Answer(accepted=True)
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
@@ -57,8 +48,14 @@ class PrefillRole(Role):
         """The prompt is done: the token goes out at once; the KV waits to be fetched unless the request has ended."""
         held.in_engine = False
         held.span.add_event("first token")
+        held.span.set_attribute(tracing.NUM_CACHED_TOKENS, held.sequence.num_cached_tokens)
         lease = self._lease(held) if token.finish_reason is None else None
-        event = Prefilled(instance_id=self.parts.instance_id, token=output_token(token), lease=lease)
+        event = Prefilled(
+            instance_id=self.parts.instance_id,
+            token=output_token(token),
+            lease=lease,
+            num_cached_tokens=held.sequence.num_cached_tokens,
+        )
         await self.parts.outbox.prefilled(held.gateway_id, event)
         if lease is None:
             self.end(held)
@@ -72,7 +69,10 @@ class PrefillRole(Role):
         lease = Lease(
             lease_id=held.lease_id,
             num_tokens=num_tokens,
-            views=parts.pool.byte_views(held.sequence.blocks, num_bytes),
+            num_bytes=num_bytes,
+            export=lambda skip_blocks: parts.staging.export(
+                held.sequence.blocks[skip_blocks:], num_bytes - skip_blocks * layout.block_bytes
+            ),
             expires_at=min(held.deadline, time.time() + parts.settings.lease_s),
             let_go=lambda fetched: self.forget(held),
         )

@@ -13,7 +13,16 @@ from shared.registry.records import GatewayRecord, InstanceRecord
 from shared.sampling import FinishReason, SamplingParams
 
 RefusalReason = Literal[
-    "no_slot", "no_blocks", "draining", "wrong_role", "wrong_epoch", "wrong_model", "duplicate", "expired", "invalid"
+    "no_slot",
+    "no_blocks",
+    "too_long",
+    "draining",
+    "wrong_role",
+    "wrong_epoch",
+    "wrong_model",
+    "duplicate",
+    "expired",
+    "invalid",
 ]
 
 
@@ -40,16 +49,18 @@ class KVLease(Message):
 class InstanceRequest(Message):
     """What the requests of a gateway to an instance have in common. Answered at once by `Answer`.
 
-    `token_ids` are the prompt's `num_prompt_tokens` and what has been generated so far.
+    `token_ids` are the prompt's `num_prompt_tokens` and what has been generated so far. `arrived_at` (Unix seconds) is
+    when the gateway took the request in: over all attempts it stays, and the oldest are given up last.
     """
 
     request_id: str
     gateway_id: str
     epoch: int
     fingerprint: str
-    token_ids: list[int]
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]]
     num_prompt_tokens: Annotated[int, Field(ge=1)]
     sampling: SamplingParams
+    arrived_at: float = 0.0
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
@@ -113,11 +124,15 @@ class OutputToken(Message):
 
 
 class Prefilled(Message):
-    """Prefill instance to gateway (`prefilled`): first token, and lease on the KV unless the request has ended."""
+    """Prefill instance to gateway (`prefilled`): first token, and lease on the KV unless the request has ended.
+
+    `num_cached_tokens` leading tokens were not computed for this request, but found.
+    """
 
     instance_id: str
     token: OutputToken
     lease: KVLease | None
+    num_cached_tokens: int = 0
 
 
 class StepTokens(Message):
@@ -221,9 +236,12 @@ class GenerateChunk(ApiMessage):
 
 
 class GenerateUsage(ApiMessage):
+    """Tokens of a request; `cached_tokens` of its prompt were found in a prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    cached_tokens: int = 0
 
 
 class GenerateDone(ApiMessage):

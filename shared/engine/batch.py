@@ -4,7 +4,7 @@ Nothing here touches the pool. The layers of a model differ at most in their sli
 is worked out once per window and step, not once per layer.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -48,7 +48,6 @@ class Batch:
         blocks, offsets: [T], where the KV of each token goes.
         tables: int32 [B, max_blocks], the blocks of each of the B decodes in order, padded with others of its own.
         lengths: int32 [B], how many tokens each decode sees, itself included.
-        entered_blocks: blocks that this step begins and does not fill; to be cleared before.
         sampled: the sequences that get a token, in the order of `logit_rows` [N].
     """
 
@@ -58,7 +57,6 @@ class Batch:
     offsets: torch.Tensor
     tables: torch.Tensor
     lengths: torch.Tensor
-    entered_blocks: torch.Tensor
     logit_rows: torch.Tensor
     sampled: list[Sequence]
     spans: list[Span]
@@ -70,6 +68,21 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.positions.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device, but for what `prefill_reads` gives."""
+        if device == self.positions.device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            blocks=self.blocks.to(device),
+            offsets=self.offsets.to(device),
+            tables=self.tables.to(device),
+            lengths=self.lengths.to(device),
+            logit_rows=self.logit_rows.to(device),
+        )
 
     def prefill_reads(self, window: int | None) -> list[PrefillRead]:
         """What the prefill chunks read in layers with this sliding window (None: no window).
@@ -110,7 +123,6 @@ def build_batch(plan: StepPlan, block_size: int, dtype: torch.dtype) -> Batch:
         offsets=rows[1] % block_size,
         tables=_tables(decodes, block_size),
         lengths=torch.tensor([span.last for span in decodes], dtype=torch.int32),
-        entered_blocks=torch.tensor(_entered_blocks(spans, block_size), dtype=torch.int64),
         logit_rows=torch.tensor([span.stop - 1 for span in sampled], dtype=torch.int64),
         sampled=[span.sequence for span in sampled],
         spans=spans,
@@ -128,14 +140,6 @@ def _tables(decodes: list[Span], block_size: int) -> torch.Tensor:
     tables = [span.sequence.block_table[:max_blocks] for span in decodes]
     padded = pad_sequence(tables, batch_first=True, padding_value=-1)
     return torch.where(padded < 0, padded[:, :1], padded)
-
-
-def _entered_blocks(spans: list[Span], block_size: int) -> list[int]:
-    return [
-        span.sequence.blocks[span.last // block_size]
-        for span in spans
-        if span.last % block_size and span.last // block_size * block_size >= span.first
-    ]
 
 
 def _block_range(batch: Batch, span: Span, window: int | None) -> range:

@@ -81,7 +81,6 @@ class DecodeInputs:
             offsets=offsets,
             tables=self._tables[:rows],
             lengths=self._lengths[:rows],
-            entered_blocks=torch.empty(0, dtype=torch.int64),
             logit_rows=torch.arange(rows, device=pool.device),
             sampled=[],
             spans=[],

@@ -3,9 +3,11 @@
 import torch
 
 from shared.engine.batch import Batch, build_batch
+from shared.engine.decode_graphs import DecodeGraphs
+from shared.engine.host_sampling import sample_on_host
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
-from shared.engine.sampler import Choice, sample
+from shared.engine.sampler import Choice
 from shared.engine.scheduler import schedule
 from shared.engine.sequence import NewToken, Sequence
 from shared.sampling import FinishReason
@@ -22,13 +24,17 @@ class Engine:
         loaded: the model.
         pool: where KV lives; its layout is the model's.
         max_step_tokens: tokens of a step that prefill may fill (`schedule`).
+        graphs: computes the steps that it takes; None where there is no use for it.
     """
 
-    def __init__(self, loaded: LoadedModel, pool: KVPool, max_step_tokens: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, pool: KVPool, max_step_tokens: int, graphs: DecodeGraphs | None = None
+    ) -> None:
         assert pool.layout == loaded.layout, "the pool is laid out for another model"
         self.loaded = loaded
         self.pool = pool
         self.max_step_tokens = max_step_tokens
+        self._graphs = graphs
         self._sequences: dict[str, Sequence] = {}
         self._filled: set[int] = set()
         """Blocks that hold KV up to their end."""
@@ -42,10 +48,6 @@ class Engine:
         layout = self.pool.layout
         assert sequence.request_id not in self._sequences, f"{sequence.request_id} is here already"
         assert len(sequence.blocks) >= layout.num_blocks(sequence.num_kv_tokens), "too few blocks"
-        num_used = sequence.num_computed_tokens % layout.block_size
-        if num_used:
-            # What came with the last block of handed-over KV, behind its last token, is anybody's guess.
-            self.pool.clear_tail(sequence.blocks[sequence.num_computed_tokens // layout.block_size], num_used)
         num_filled = sequence.num_computed_tokens // layout.block_size
         self._filled.update(sequence.blocks[:num_filled])
         self._filled.difference_update(sequence.blocks[max(num_filled, sequence.num_shared_blocks) :])
@@ -64,9 +66,13 @@ class Engine:
             self._follow(sequence, block_size)
         plan = schedule(self._sequences.values(), self.max_step_tokens, block_size)
         batch = build_batch(plan, block_size, self.pool.data.dtype)
-        logits = self.loaded.logits(self.pool, batch)
-        choices = sample(logits, batch.sampled, self.loaded.library)
+        choices = sample_on_host(self._logits(batch), batch.sampled, self.loaded.library)
         return self._advance(batch, choices)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs.logits(batch)
+        return self.loaded.logits(self.pool, batch)
 
     def _follow(self, sequence: Sequence, block_size: int) -> None:
         """Go on behind the shared blocks that are filled by now."""

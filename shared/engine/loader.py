@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from shared.engine.attention import PagedAttention
 from shared.engine.fingerprint import fingerprint
+from shared.engine.kernels.gpu import gpu_kernels
 from shared.engine.kernels.native import native_kernels
 from shared.engine.model import LoadedModel
 from shared.engine.modules.fast import put_in_fast_modules
@@ -127,6 +128,8 @@ def _quantise(model: str, weights: PreTrainedModel, library: Library | None) -> 
 
 def _put_in_attention(weights: PreTrainedModel, layout: KVLayout, library: Library | None) -> PagedAttention:
     attention = PagedAttention()
+    if weights.device.type == "cuda":
+        attention.kernels = gpu_kernels()
     if library is not None:
         attention.kernels = native_kernels(layout, library) or attention.kernels
     weights.set_attn_implementation(attention.name)

@@ -42,8 +42,7 @@ class LoadedModel:
 
 def paged_logits(model: PreTrainedModel, attention: PagedAttention, pool: KVPool, batch: Batch) -> torch.Tensor:
     """`LoadedModel.logits`, for a model that is still being loaded."""
-    if batch.entered_blocks.numel():
-        pool.clear(batch.entered_blocks)
+    batch = batch.to(pool.device)
     with attention.batch(pool, batch):
         output = model(
             input_ids=batch.token_ids[None],

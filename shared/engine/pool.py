@@ -1,8 +1,7 @@
 """The memory that holds the KV of all requests of an instance, cut into blocks.
 
-Which block belongs to whom is not known here. Invariant: in every block that attention may read, slots that have not
-been written are zero, because a NaN left there would pass through a masked softmax (0 x NaN is NaN) into somebody's
-logits. `clear` and `clear_tail` are how the engine keeps it.
+Which block belongs to whom is not known here. What a slot holds that was never written is anybody's guess, NaN
+included: kernels read no slot behind a request's last token.
 """
 
 from collections.abc import Sequence
@@ -46,26 +45,9 @@ class KVPool:
         assert start == layout.block_elements
         self._bytes = memoryview(b"") if self.device.type != "cpu" else host_bytes(self.data)
 
-    def write(
-        self, layer: int, blocks: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Store keys [T, H, Dk] and values [T, H, Dv] of T tokens, i in slot `offsets[i]` of block `blocks[i]`."""
-        self.keys[layer].index_put_((blocks, offsets), key)
-        self.values[layer].index_put_((blocks, offsets), value)
-
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy blocks [N] out: keys [N, block_size, H, Dk] and values [N, block_size, H, Dv]."""
         return self.keys[layer].index_select(0, blocks), self.values[layer].index_select(0, blocks)
-
-    def clear(self, blocks: torch.Tensor) -> None:
-        """Zero whole blocks [N]."""
-        self.data.index_fill_(0, blocks, 0)
-
-    def clear_tail(self, block: int, num_used: int) -> None:
-        """Zero the slots of one block from `num_used` on."""
-        for views in (self.keys, self.values):
-            for view in views:
-                view[block, num_used:] = 0
 
     def byte_views(self, blocks: Sequence[int], num_bytes: int) -> list[memoryview]:
         """The first `num_bytes` bytes of these blocks, in their order, as writable views straight into the pool.

@@ -6,12 +6,45 @@ from shared.bus.messages import RefusalReason
 
 
 @dataclass(frozen=True, slots=True)
+class BlockNeeds:
+    """The blocks that a request needs.
+
+    Args:
+        alone: at worst, with all its tokens generated here, and nothing shared.
+        now: how many fewer would be free once it is accepted.
+        more: how many it may come to need beyond these.
+    """
+
+    alone: int
+    now: int
+    more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSupply:
+    """The blocks that an instance has.
+
+    Args:
+        free: those that can be taken now; cached ones are among them.
+        more: how many all requests that are held may come to need beyond what they have.
+        next_step: how many they need if each of them grows once.
+        is_short: whether one of them waits for room already.
+    """
+
+    total: int
+    free: int
+    more: int = 0
+    next_step: int = 0
+    is_short: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFacts:
     """What admission looks at in a request."""
 
     epoch: int
     fingerprint: str
-    num_blocks: int
+    blocks: BlockNeeds
     is_held: bool
     deadline: float
 
@@ -24,7 +57,7 @@ class InstanceFacts:
     fingerprint: str
     draining: bool
     slots_free: int
-    blocks_free: int
+    blocks: BlockSupply
     now: float
 
 
@@ -40,8 +73,23 @@ def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | N
         return "duplicate"
     if request.deadline <= instance.now:
         return "expired"
+    if request.blocks.alone > instance.blocks.total:
+        return "too_long"
     if instance.slots_free < 1:
         return "no_slot"
-    if request.num_blocks > instance.blocks_free:
+    if not has_room(request.blocks, instance.blocks):
         return "no_blocks"
     return None
+
+
+def has_room(needs: BlockNeeds, supply: BlockSupply) -> bool:
+    """Whether a request may have blocks of those that are free.
+
+    It may while all that are held, and it, fit in even at their longest: then nobody ever waits for room. Requests that
+    end early, as most do, would leave much of the pool idle so; therefore it also may if every request that is held can
+    still grow once. If they all go on, the pool becomes short, and the youngest is given up (`preemption.py`). While
+    one waits for room, all room is for those that are held.
+    """
+    fits_at_worst = needs.now + needs.more + supply.more <= supply.free
+    fits_for_now = not supply.is_short and needs.now + supply.next_step <= supply.free
+    return fits_at_worst or fits_for_now

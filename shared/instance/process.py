@@ -17,13 +17,16 @@ from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import Answer
-from shared.engine.blocks import BlockAllocator
+from shared.engine.decode_graphs import DecodeGraphs
+from shared.engine.device import find_device
 from shared.engine.engine import Engine
 from shared.engine.loader import load_model
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
+from shared.engine.prefix_cache import PrefixCache
 from shared.engine.runner import EngineRunner
 from shared.engine.sequence import NewToken
+from shared.engine.staging import staging_of
 from shared.errors import ModelRefused, RequestError
 from shared.instance.outbox import Outbox
 from shared.instance.role import InstanceParts, Role, find_role
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 
 
 async def serve(settings: InstanceSettings, lifetime: Lifetime) -> None:
+    find_device(settings.device)  # before anybody else is bothered
     instance_id = f"{settings.role}-{hostname()}-{secrets.token_hex(4)}"
     async with AsyncExitStack() as stack:
         stack.enter_context(tracing.exporting(settings.role, instance_id))
@@ -65,9 +69,11 @@ async def _load(settings: InstanceSettings, lifetime: Lifetime) -> LoadedModel |
             result = load_model(
                 settings.model,
                 dtype=settings.dtype,
-                device=settings.device,
+                device=str(find_device(settings.device)),
                 num_threads=settings.threads or None,
                 block_size=settings.block_size,
+                quantization=settings.quantization,
+                native=settings.native_kernels,
             )
         except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it was, the process ends by it
             loop.call_soon_threadsafe(_settle, loading, error)
@@ -108,8 +114,11 @@ class Instance:
     async def run(self, bus: Bus, records: Registry) -> None:
         """Serves until the lifetime ends, then drains."""
         settings = self.settings
-        pool = KVPool(self.loaded.layout, self.num_blocks, settings.device)
-        engine = Engine(self.loaded, pool, settings.max_step_tokens)
+        pool = KVPool(self.loaded.layout, self.num_blocks, find_device(settings.device))
+        graphs: DecodeGraphs | None = None
+        if pool.device.type == "cuda" and settings.role == "decode":
+            graphs = await asyncio.to_thread(DecodeGraphs, self.loaded, pool, settings.decode_slots, self.max_model_len)
+        engine = Engine(self.loaded, pool, settings.max_step_tokens, graphs)
         holder = KVHolder(
             self.loaded.layout,
             settings.kv_host,
@@ -128,8 +137,8 @@ class Instance:
                 epoch=lambda: self.epoch,
                 draining=lambda: self.lifetime.ending,
                 loaded=self.loaded,
-                pool=pool,
-                blocks=BlockAllocator(self.num_blocks),
+                staging=staging_of(pool),
+                cache=PrefixCache(self.num_blocks, settings.block_size, enabled=settings.prefix_cache),
                 runner=runner,
                 holder=holder,
                 outbox=Outbox(bus, self.instance_id),
@@ -172,7 +181,10 @@ class Instance:
             slots_total=self.role.slots_total,
             slots_used=self.role.slots_used,
             blocks_total=self.num_blocks,
-            blocks_free=self.parts.blocks.num_free,
+            blocks_free=self.parts.cache.num_free,
+            blocks_cached=self.parts.cache.num_cached,
+            cache_query_tokens=self.parts.cache.num_query_tokens,
+            cache_hit_tokens=self.parts.cache.num_hit_tokens,
         )
 
     async def _on_message(self, incoming: Incoming) -> None:

@@ -1,8 +1,8 @@
 """What prefill and decode have in common: requests they hold, and how a request ends, whatever ends it.
 
 A request that an instance has accepted is held by exactly one `Held`. It is let go once: the engine and any transfer
-are done with its blocks before they are free. Everything here runs in the event loop; only the engine has a thread of
-its own.
+are done with its blocks before they are released. Everything here runs in the event loop; only the engine has a thread
+of its own.
 """
 
 import asyncio
@@ -15,20 +15,22 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import ClassVar
 
-from opentelemetry.trace import Span
+from opentelemetry.trace import Span, SpanKind
 
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, Cancel, InstanceRequest, RefusalReason
-from shared.engine.blocks import BlockAllocator
 from shared.engine.model import LoadedModel
-from shared.engine.pool import KVPool
+from shared.engine.prefix_cache import PrefixCache
 from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
+from shared.engine.staging import Staging
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
 from shared.instance.admission import InstanceFacts, RequestFacts, refusal
 from shared.instance.outbox import Outbox
+from shared.instance.reservations import Reservation, Reservations, Room
 from shared.kv.holder import KVHolder
 from shared.settings import InstanceSettings
+from shared.telemetry import tracing
 
 SWEEP_S = 0.25
 RECENT = 256
@@ -46,8 +48,8 @@ class InstanceParts:
     epoch: Callable[[], int]
     draining: Callable[[], bool]
     loaded: LoadedModel
-    pool: KVPool
-    blocks: BlockAllocator
+    staging: Staging
+    cache: PrefixCache
     runner: EngineRunner
     holder: KVHolder
     outbox: Outbox
@@ -61,13 +63,17 @@ class Held:
     request_id: str
     gateway_id: str
     sequence: Sequence
+    reservation: Reservation
     deadline: float
     span: Span
     in_engine: bool = False
     lease_id: str | None = None
     """The only key to its KV, while that waits to be fetched."""
     transfer: asyncio.Task[None] | None = None
-    ending: bool = False
+
+    @property
+    def ending(self) -> bool:
+        return self.reservation.is_ending
 
 
 class Role(ABC):
@@ -75,8 +81,9 @@ class Role(ABC):
 
     verb: ClassVar[str]
 
-    def __init__(self, parts: InstanceParts) -> None:
+    def __init__(self, parts: InstanceParts, *, step_tokens: int = 0) -> None:
         self.parts = parts
+        self.reservations = Reservations(parts.cache, parts.loaded.layout.num_blocks(step_tokens))
         self._held: dict[str, Held] = {}
         self._forgotten = asyncio.Event()
         self._ended: deque[tuple[str, str]] = deque(maxlen=RECENT)
@@ -118,7 +125,7 @@ class Role(ABC):
         """Begins to let a request go, whatever it is at; tells its gateway why, if there is a reason to tell."""
         if held.ending:
             return
-        held.ending = True
+        held.reservation.is_ending = True
         self.parts.tasks.create_task(self._let_go(held, error, counts))
 
     def fail_all(self, why: str, *, counts: bool) -> None:
@@ -152,14 +159,14 @@ class Role(ABC):
             await asyncio.sleep(SWEEP_S)
             self.sweep(time.time())
 
-    def refusal(self, request: InstanceRequest, *, num_tokens: int, deadline: float) -> RefusalReason | None:
-        """Why this instance cannot take a request that needs room for `num_tokens` tokens; None if it can."""
+    def refusal(self, request: InstanceRequest, room: Room, deadline: float) -> RefusalReason | None:
+        """Why this instance cannot take a request that is to have this room; None if it can."""
         parts = self.parts
         return refusal(
             RequestFacts(
                 epoch=request.epoch,
                 fingerprint=request.fingerprint,
-                num_blocks=parts.loaded.layout.num_blocks(num_tokens),
+                blocks=self.reservations.needs(room),
                 is_held=request.request_id in self._held,
                 deadline=deadline,
             ),
@@ -168,36 +175,43 @@ class Role(ABC):
                 fingerprint=parts.loaded.fingerprint,
                 draining=parts.draining(),
                 slots_free=self.slots_total - self.slots_used,
-                blocks_free=parts.blocks.num_free,
+                blocks=self.reservations.supply(),
                 now=time.time(),
             ),
         )
 
-    def sequence(
-        self, request: InstanceRequest, *, num_tokens: int, num_computed_tokens: int, num_to_generate: int
-    ) -> Sequence:
-        """The engine's form of a request, with blocks for `num_tokens` tokens; raises `RequestError` and keeps none."""
+    def hold(self, request: InstanceRequest, room: Room, incoming: Incoming, num_to_generate: int) -> Held:
+        """Reserves blocks and a slot for a request that admission has accepted.
+
+        Raises:
+            RequestError: it is not for this model; nothing is held.
+        """
         parts = self.parts
-        blocks = parts.blocks.allocate(parts.loaded.layout.num_blocks(num_tokens))
-        assert blocks is not None, "admission has counted the free blocks"
+        reservation = self.reservations.reserve(request.request_id, request.arrived_at, room)
         try:
             sequence = Sequence(
                 request_id=request.request_id,
                 token_ids=request.token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
-                num_computed_tokens=num_computed_tokens,
-                blocks=blocks,
+                blocks=list(reservation.allocation.blocks),
                 sampling=request.sampling,
                 num_to_generate=num_to_generate,
+                num_shared_blocks=reservation.allocation.num_matched,
             )
             check(sequence, parts.loaded.vocab_size, parts.loaded.max_position_embeddings)
         except RequestError:
-            parts.blocks.free(blocks)
+            self.reservations.release(reservation, [])
             raise
-        return sequence
-
-    def hold(self, held: Held) -> None:
-        self._held[held.request_id] = held
+        attributes: dict[str, str | int] = {
+            tracing.INSTANCE_ID: parts.instance_id,
+            tracing.REQUEST_ID: request.request_id,
+            tracing.NUM_PROMPT_TOKENS: request.num_prompt_tokens,
+            tracing.NUM_BLOCKS: room.num_blocks,
+        }
+        span = tracing.tracer.start_span(self.verb, incoming.trace_context, SpanKind.SERVER, attributes)
+        held = Held(request.request_id, request.gateway_id, sequence, reservation, incoming.deadline, span)
+        self._held[request.request_id] = held
+        return held
 
     def holding(self, request_id: str) -> Held | None:
         """The request if it is held and not being let go."""
@@ -205,12 +219,17 @@ class Role(ABC):
         return held if held is not None and not held.ending else None
 
     def forget(self, held: Held) -> None:
-        """The last act: blocks and slot are free."""
-        self.parts.blocks.free(held.sequence.blocks)
+        """The last act: blocks and slot are free. What the blocks hold may be of use to others."""
+        sequence = held.sequence
+        self.reservations.release(held.reservation, sequence.token_ids[: sequence.num_computed_tokens])
         del self._held[held.request_id]
         self._forgotten.set()
         self._ended.append((held.request_id, held.gateway_id))
         held.span.end()
+        self.room_came_free()
+
+    def room_came_free(self) -> None:  # noqa: B027 - where requests do not grow, nobody waits for room
+        """Blocks have been let go of."""
 
     async def _let_go(self, held: Held, error: RequestError | None, counts: bool) -> None:
         if error is not None:

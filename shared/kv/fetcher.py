@@ -20,8 +20,13 @@ class KVFetcher:
         self._stall_timeout_s = stall_timeout_s
         self._idle: dict[tuple[str, int], list[socket.socket]] = {}
 
-    async def fetch(self, lease: KVLease, views: Sequence[memoryview], timeout_s: float) -> None:
+    async def fetch(
+        self, lease: KVLease, views: Sequence[memoryview], timeout_s: float, *, skip_blocks: int = 0
+    ) -> None:
         """Fills `views` with the KV under `lease`, verifies its checksum and acknowledges it.
+
+        Args:
+            skip_blocks: how many of its first blocks are here already; where all are, it is only acknowledged.
 
         Raises:
             TransferFailed: refused, broken off, too late, or not what the header says; nothing in `views` may be used.
@@ -31,7 +36,7 @@ class KVFetcher:
             async with asyncio.timeout(timeout_s):
                 connection = await self._connection(peer)
                 try:
-                    await self._fetch(connection, lease, views)
+                    await self._fetch(connection, lease, views, skip_blocks)
                 except BaseException:
                     connection.close()
                     raise
@@ -45,16 +50,17 @@ class KVFetcher:
                 connection.close()
         self._idle.clear()
 
-    async def _fetch(self, connection: socket.socket, lease: KVLease, views: Sequence[memoryview]) -> None:
-        await wire.send_frame(
-            connection, wire.FetchRequest(lease_id=lease.lease_id, layout=self._layout), self._stall_timeout_s
-        )
+    async def _fetch(
+        self, connection: socket.socket, lease: KVLease, views: Sequence[memoryview], skip_blocks: int
+    ) -> None:
+        request = wire.FetchRequest(lease_id=lease.lease_id, layout=self._layout, skip_blocks=skip_blocks)
+        await wire.send_frame(connection, request, self._stall_timeout_s)
         header = await wire.receive_frame(connection, wire.KVHeader, self._stall_timeout_s)
         if header.refused is not None:
             raise TransferFailed(f"{lease.instance_id} refused: {header.refused}")
         expected = sum(len(view) for view in views)
         if header.num_bytes != expected or header.num_tokens != lease.num_tokens:
-            raise TransferFailed(f"{lease.instance_id} holds {header.num_bytes} bytes where {expected} were announced")
+            raise TransferFailed(f"{lease.instance_id} sends {header.num_bytes} bytes where {expected} are due")
         await wire.receive_views(connection, views, self._stall_timeout_s)
         ok = await asyncio.to_thread(wire.checksum, views) == header.checksum
         await wire.send_frame(connection, wire.FetchDone(ok=ok), self._stall_timeout_s)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from shared.addresses import advertised
 from shared.errors import SettingsInvalid, TransferFailed
 from shared.kv import wire
 from shared.kv.layout import KVLayout
+from shared.kv.parcel import Parcel
 
 SWEEP_S = 0.25
 ACCEPT_AGAIN_S = 0.1
@@ -26,19 +27,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Lease:
-    """KV that waits: its bytes in order, and what to call, with whether it was fetched, when it need wait no more."""
+    """KV that waits: how to get at it, and what to call, with whether it was fetched, when it need wait no more.
+
+    `export` gives its bytes but for those of so many first blocks.
+    """
 
     lease_id: str
     num_tokens: int
-    views: Sequence[memoryview]
+    num_bytes: int
+    export: Callable[[int], Parcel]
     expires_at: float
     let_go: Callable[[bool], None]
     on_wire: bool = False
     ended: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(view) for view in self.views)
 
 
 class KVHolder:
@@ -117,7 +118,7 @@ class KVHolder:
         lease.on_wire = True
         done = False
         try:
-            done = await self._send(connection, lease)
+            done = await self._send(connection, lease, request.skip_blocks)
         finally:
             lease.on_wire = False
             if lease.ended:
@@ -132,17 +133,22 @@ class KVHolder:
             return "the KV layouts differ: both instances need the same model, dtype and block size"
         if lease.on_wire:
             return "another fetch of this lease is under way"
+        if request.skip_blocks * self._layout.block_bytes > lease.num_bytes:
+            return f"the lease has no {request.skip_blocks} blocks to skip"
         return None
 
-    async def _send(self, connection: socket.socket, lease: Lease) -> bool:
+    async def _send(self, connection: socket.socket, lease: Lease, skip_blocks: int) -> bool:
         """Header, bytes, acknowledgement; whether the fetcher has a verified copy."""
+        parcel = lease.export(skip_blocks)
+        await parcel.settle()
+        views = parcel.views
         header = wire.KVHeader(
             num_tokens=lease.num_tokens,
-            num_bytes=lease.num_bytes,
-            checksum=await asyncio.to_thread(wire.checksum, lease.views),
+            num_bytes=sum(map(len, views)),
+            checksum=await asyncio.to_thread(wire.checksum, views),
         )
         await wire.send_frame(connection, header, self._stall_timeout_s)
-        await wire.send_views(connection, lease.views, self._stall_timeout_s)
+        await wire.send_views(connection, views, self._stall_timeout_s)
         return (await wire.receive_frame(connection, wire.FetchDone, self._stall_timeout_s)).ok
 
     async def _sweep(self) -> None:

@@ -3,7 +3,7 @@
     fetcher                                  holder
       FetchRequest (lease, layout)     ->
                                        <-    KVHeader (length, checksum, or why not)
-                                       <-    num_bytes raw bytes: the blocks, one after another
+                                       <-    num_bytes raw bytes: the blocks asked for, one after another
       FetchDone (ok)                   ->    frees the KV
 
 One connection carries any number of fetches, one after another. Every frame is a big-endian u32 length and JSON.
@@ -13,10 +13,10 @@ import asyncio
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import TransferFailed
 from shared.kv.layout import KVLayout
@@ -35,15 +35,18 @@ class Frame(BaseModel):
 
 
 class FetchRequest(Frame):
-    """`layout` is the fetcher's: the holder refuses where it is not its own."""
+    """`layout` is the fetcher's: the holder refuses where it is not its own. The fetcher has the first `skip_blocks`
+    blocks already; none may be left.
+    """
 
     lease_id: str
     layout: KVLayout
+    skip_blocks: Annotated[int, Field(ge=0)] = 0
 
 
 class KVHeader(Frame):
-    """What follows: `num_bytes` bytes of `num_tokens` tokens with that xxh3-64; or nothing, and the reason in
-    `refused`.
+    """What follows: `num_bytes` bytes, with that xxh3-64, of KV that has `num_tokens` tokens in all; or nothing, and
+    the reason in `refused`.
     """
 
     refused: str | None = None

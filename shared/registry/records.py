@@ -41,6 +41,12 @@ class InstanceRecord(Record):
     slots_used: int
     blocks_total: int
     blocks_free: int
+    """Those that can be taken, cached ones among them."""
+    blocks_cached: int = 0
+    cache_query_tokens: int = 0
+    """Tokens of all sequences that blocks were taken for, since the start."""
+    cache_hit_tokens: int = 0
+    """Those of them whose blocks were there."""
 
 
 class GatewayRecord(Record):

@@ -11,6 +11,7 @@ from shared.settings import tracing_endpoint_is_set
 INSTANCE_ID = "pdserve.instance.id"
 REQUEST_ID = "pdserve.request.id"
 NUM_PROMPT_TOKENS = "pdserve.num_prompt_tokens"
+NUM_CACHED_TOKENS = "pdserve.num_cached_tokens"
 NUM_OUTPUT_TOKENS = "pdserve.num_output_tokens"
 NUM_BLOCKS = "pdserve.num_blocks"
 KV_BYTES = "pdserve.kv_bytes"

@@ -1,5 +1,6 @@
 import torch
 
+from shared.engine.kernels import plain
 from shared.engine.pool import KVPool
 from shared.kv.layout import KVLayout, LayerLayout
 
@@ -16,7 +17,8 @@ LAYOUT = KVLayout(
 def test_what_is_written_is_gathered() -> None:
     pool = KVPool(LAYOUT, 5)
     key, value = torch.randn(3, 2, 8).bfloat16(), torch.randn(3, 2, 6).bfloat16()
-    pool.write(0, torch.tensor([4, 4, 1]), torch.tensor([2, 3, 0]), key, value)
+    for view, heads in ((pool.keys[0], key), (pool.values[0], value)):
+        plain.put(view, heads, torch.tensor([4, 4, 1]), torch.tensor([2, 3, 0]))
     keys, values = pool.gather(0, torch.tensor([4, 1]))
     assert keys.shape == (2, 4, 2, 8)
     assert values.shape == (2, 4, 2, 6)
@@ -49,15 +51,3 @@ def test_byte_views_end_after_num_bytes() -> None:
     block_bytes = LAYOUT.block_bytes
     assert [len(view) for view in pool.byte_views([0, 1, 3, 5], 2 * block_bytes + 10)] == [2 * block_bytes, 10]
     assert pool.byte_views([0, 1], 0) == []
-
-
-def test_clearing_leaves_the_rest_alone() -> None:
-    pool = KVPool(LAYOUT, 3)
-    pool.data.fill_(1)
-    pool.clear(torch.tensor([1]))
-    pool.clear_tail(2, 3)
-    assert pool.data[0].min() == 1
-    assert pool.data[1].max() == 0
-    for view in (*pool.keys, *pool.values):
-        assert view[2, :3].min() == 1
-        assert view[2, 3:].max() == 0

@@ -47,6 +47,7 @@ class Scripted:
     answers: list[Answer | None] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
     async def handle(self, incoming: Incoming) -> None:
         verb, _ = subjects.verb_and_key(incoming.subject)
@@ -82,7 +83,12 @@ class Scripted:
         )
         await self.tell(
             "prefilled",
-            Prefilled(instance_id=self.record.id, token=token, lease=lease if token.finish_reason is None else None),
+            Prefilled(
+                instance_id=self.record.id,
+                token=token,
+                lease=lease if token.finish_reason is None else None,
+                num_cached_tokens=self.num_cached_tokens,
+            ),
         )
 
     async def decode(self, request: DecodeRequest, up_to: int | None = None) -> None:

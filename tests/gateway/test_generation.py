@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 import pytest
 
+from services.gateway.api import FirstToken
 from shared.bus import subjects
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, PrefillRequest, StepTokens
@@ -159,6 +160,40 @@ async def test_a_decode_that_fails_or_loses_tokens_is_taken_over_without_a_seam(
         assert again.token_ids == PROMPT + expected(PROMPT, 3)
         assert again.num_prompt_tokens == len(PROMPT)
         await eventually(lambda: decode.requests[0].request_id in decode.cancelled)
+
+
+async def test_over_all_attempts_it_is_as_old_as_it_was(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=FailsAfter)
+        before = time.time()
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        ages = {request.arrived_at for request in (*prefill.requests, *decode.requests)}
+        assert len(prefill.requests) == len(decode.requests) == 2
+        assert len(ages) == 1
+        assert before <= ages.pop() <= time.time()
+
+
+async def test_what_was_cached_is_told_with_the_first_token_and_once(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        await one.add("d", "decode", kind=FailsAfter)
+        prefill.num_cached_tokens = 4
+        tokens = one.generator.generate(PROMPT, SamplingParams(max_tokens=8), request_id="r", deadline=time.time() + 30)
+        first, *others = [token async for token in tokens]
+        assert isinstance(first, FirstToken)
+        assert first.num_cached_tokens == 4
+        assert not any(isinstance(token, FirstToken) for token in others)
+        assert len(prefill.requests) == 2
+
+
+async def test_a_decode_instance_with_a_shorter_context_is_not_asked(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p", "prefill")
+        short = await one.add("d1", "decode", max_model_len=12)
+        await one.add("d2", "decode", max_model_len=13)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        assert short.requests == []
 
 
 async def test_tokens_that_come_twice_are_passed_over(nats_url: str) -> None:

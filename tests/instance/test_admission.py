@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 
 from shared.bus.messages import RefusalReason
-from shared.instance.admission import InstanceFacts, RequestFacts, refusal
+from shared.instance.admission import BlockNeeds, BlockSupply, InstanceFacts, RequestFacts, has_room, refusal
 
-REQUEST = RequestFacts(epoch=1, fingerprint="f", num_blocks=4, is_held=False, deadline=100.0)
-INSTANCE = InstanceFacts(epoch=1, fingerprint="f", draining=False, slots_free=1, blocks_free=4, now=50.0)
+REQUEST = RequestFacts(epoch=1, fingerprint="f", blocks=BlockNeeds(alone=4, now=4), is_held=False, deadline=100.0)
+INSTANCE = InstanceFacts(
+    epoch=1, fingerprint="f", draining=False, slots_free=1, blocks=BlockSupply(total=10, free=4), now=50.0
+)
 
 
 def test_it_accepts_what_it_has_room_for() -> None:
@@ -24,11 +26,36 @@ def test_it_accepts_what_it_has_room_for() -> None:
         ({"fingerprint": "g"}, {}, "wrong_model"),
         ({"is_held": True}, {}, "duplicate"),
         ({"deadline": 50.0}, {}, "expired"),
+        ({"blocks": BlockNeeds(alone=11, now=1)}, {"slots_free": 0}, "too_long"),
         ({}, {"slots_free": 0}, "no_slot"),
-        ({"num_blocks": 5}, {}, "no_blocks"),
+        ({"blocks": BlockNeeds(alone=5, now=5)}, {}, "no_blocks"),
     ],
 )
 def test_it_refuses(
     request_change: dict[str, object], instance_change: dict[str, object], reason: RefusalReason
 ) -> None:
     assert refusal(replace(REQUEST, **request_change), replace(INSTANCE, **instance_change)) == reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("needs", "supply", "has"),
+    [
+        # Everybody fits in at worst.
+        (BlockNeeds(alone=6, now=2, more=4), BlockSupply(total=20, free=12, more=6, next_step=6), True),
+        # Not at worst, but for now, and everybody can grow once.
+        (BlockNeeds(alone=7, now=2, more=5), BlockSupply(total=20, free=12, more=6, next_step=6), True),
+        (BlockNeeds(alone=7, now=2, more=5), BlockSupply(total=20, free=12, more=60, next_step=10), True),
+        # It would take what those that are held need next.
+        (BlockNeeds(alone=7, now=3, more=4), BlockSupply(total=20, free=12, more=60, next_step=10), False),
+        # Somebody waits for room.
+        (
+            BlockNeeds(alone=7, now=2, more=5),
+            BlockSupply(total=20, free=12, more=60, next_step=10, is_short=True),
+            False,
+        ),
+        # What is shared costs nothing.
+        (BlockNeeds(alone=20, now=0), BlockSupply(total=20, free=0), True),
+    ],
+)
+def test_room(needs: BlockNeeds, supply: BlockSupply, has: bool) -> None:
+    assert has_room(needs, supply) is has

@@ -14,6 +14,7 @@ from shared.kv import wire
 from shared.kv.fetcher import KVFetcher
 from shared.kv.holder import KVHolder, Lease
 from shared.kv.layout import KVLayout, LayerLayout
+from shared.kv.parcel import Parcel
 from tests.harness import eventually
 
 LAYOUT = KVLayout(dtype="float32", block_size=16, layers=(LayerLayout(num_kv_heads=2, key_dim=8, value_dim=8),) * 3)
@@ -34,7 +35,7 @@ class Held:
         self.let_go: list[bool] = []
         self.views = views
         expires_at = time.time() + lifetime_s
-        self.lease = Lease(name, 40, views, expires_at, self.let_go.append)
+        self.lease = Lease(name, 40, sum(map(len, views)), self.export, expires_at, self.let_go.append)
         holder.hold(self.lease)
         self.ticket = KVLease(
             lease_id=name,
@@ -45,6 +46,11 @@ class Held:
             num_bytes=self.lease.num_bytes,
             expires_at=expires_at,
         )
+
+    def export(self, skip_blocks: int) -> Parcel:
+        if not skip_blocks:
+            return Parcel(self.views)
+        return Parcel([memoryview(b"".join(self.views))[skip_blocks * LAYOUT.block_bytes :]])
 
 
 @asynccontextmanager
@@ -110,6 +116,27 @@ async def test_a_wrong_size_is_no_copy() -> None:
         held = Held(holder, pieces(1000))
         with pytest.raises(TransferFailed, match="1000 bytes where 900"):
             await fetcher.fetch(held.ticket, pieces(900), 5.0)
+        assert held.let_go == []
+
+
+async def test_blocks_that_are_here_are_not_sent() -> None:
+    size = LAYOUT.block_bytes
+    async with holder_and_fetcher() as (holder, fetcher):
+        for skip_blocks in range(4):
+            held = Held(holder, pieces(size + 5, 2 * size - 5))
+            into = pieces(3 * size - skip_blocks * size) if skip_blocks < 3 else []
+            for view in into:
+                view[:] = bytes(len(view))
+            await fetcher.fetch(held.ticket, into, 5.0, skip_blocks=skip_blocks)
+            assert b"".join(into) == b"".join(held.views)[skip_blocks * size :]
+            await eventually(lambda held=held: held.let_go == [True])  # type: ignore[misc]
+
+
+async def test_more_blocks_than_there_are_cannot_be_skipped() -> None:
+    async with holder_and_fetcher() as (holder, fetcher):
+        held = Held(holder, pieces(2 * LAYOUT.block_bytes))
+        with pytest.raises(TransferFailed, match="no 3 blocks"):
+            await fetcher.fetch(held.ticket, [], 5.0, skip_blocks=3)
         assert held.let_go == []
 
 

@@ -120,6 +120,9 @@ class Run:
             async for delta in deltas:
                 timer.token(time.perf_counter())
                 self._usage.completion_tokens += len(delta.token_ids)
+                if delta.num_cached_tokens is not None:
+                    self._usage.add_cached(choice.prompt_index, delta.num_cached_tokens)
+                    self._api.metrics.count_cached(len(choice.prompt_token_ids), delta.num_cached_tokens)
                 if delta.finish_reason is not None:
                     self._finish_reasons[choice.index] = delta.finish_reason
                 await emit(choice.index, delta)

@@ -17,9 +17,10 @@ Json = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One generation. `index` counts them over all prompts of a request."""
+    """One generation. `index` counts them over all prompts of a request, `prompt_index` the prompts."""
 
     index: int
+    prompt_index: int
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
@@ -48,12 +49,20 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    """By prompt: those that none of its choices had to compute."""
+
+    def add_cached(self, prompt_index: int, num_cached_tokens: int) -> None:
+        """One choice of a prompt found so many of its tokens in a prefix cache."""
+        before = self.cached_tokens.get(prompt_index, num_cached_tokens)
+        self.cached_tokens[prompt_index] = min(before, num_cached_tokens)
 
     def json(self) -> Json:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached_tokens.values())},
         }
 
 
@@ -128,7 +137,7 @@ def make_job(
     n = request.n or 1
     max_model_len = api.core.max_model_len()
     choices: list[Choice] = []
-    for token_ids in prompts:
+    for prompt_index, token_ids in enumerate(prompts):
         check_prompt(token_ids, api.tokenizer, max_model_len, param)
         sampling = sampling_params(
             request,
@@ -143,7 +152,8 @@ def make_job(
             seeded = sampling.model_copy(update={"seed": choice_seed(sampling.seed, number)})
             index = len(choices)
             choice_id = request_id if n * len(prompts) == 1 else f"{request_id}-{index}"
-            choices.append(Choice(index, choice_id, token_ids, seeded, tuple(request.stop or ())))
+            stop = tuple(request.stop or ())
+            choices.append(Choice(index, prompt_index, choice_id, token_ids, seeded, stop))
     options = request.stream_options
     return Job(
         choices=choices,

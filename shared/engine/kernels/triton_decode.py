@@ -102,7 +102,8 @@ def choose_num_splits(num_pairs: int, max_tokens: int, num_sms: int) -> int:
     """
     wanted = -(-PROGRAMS_PER_SM * num_sms // num_pairs)
     useful = -(-max_tokens // MIN_SPLIT_TOKENS)
-    return min(MAX_SPLITS, triton.next_power_of_2(min(wanted, useful)))
+    num_splits: int = triton.next_power_of_2(min(wanted, useful))
+    return min(MAX_SPLITS, num_splits)
 
 
 def tiles(group: int, key_dim: int, value_dim: int, element_bytes: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from services.gateway.api import FirstToken
 from shared.bus.messages import OutputToken, TokenLogprobs, TopLogprob
 from shared.errors import RequestError
 from shared.sampling import SamplingParams
@@ -31,6 +32,8 @@ class FakeCore:
     """
 
     script: Callable[[Call], list[Step]] = lambda call: [10, 11, 12]
+    num_cached: Callable[[Call], int] = lambda call: 0
+    """How many tokens of the prompt were in a prefix cache."""
     calls: list[Call] = field(default_factory=list)
     context: int = 4096
     reason: str | None = None
@@ -70,10 +73,11 @@ class FakeCore:
             logprobs = TokenLogprobs(logprob=-1.0, top=top)
         is_stop = token_id in call.sampling.stop_token_ids and call.num_given >= call.sampling.min_tokens
         is_over = is_last or call.num_given + 1 == call.sampling.max_tokens
-        return OutputToken(
+        token = OutputToken(
             request_id=call.request_id,
             index=call.num_given,
             token_id=token_id,
             logprobs=logprobs,
             finish_reason="stop" if is_stop else "length" if is_over else None,
         )
+        return token if call.num_given else FirstToken(**dict(token), num_cached_tokens=self.num_cached(call))

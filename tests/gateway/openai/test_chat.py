@@ -13,6 +13,7 @@ USER = [{"role": "user", "content": "Hi"}]
 async def test_an_answer_in_one_piece(client: AsyncOpenAI, core: FakeCore, tokenizer: Tokenizer) -> None:
     token_ids = ids_of(tokenizer, "Hello 🦔!")
     core.script = lambda call: [*token_ids, tokenizer.eos_token_ids[0]]
+    core.num_cached = lambda call: 3
     answer = await client.chat.completions.create(model=MODEL, messages=USER)
     [choice] = answer.choices
     assert choice.message.content == "Hello 🦔!"
@@ -28,6 +29,8 @@ async def test_an_answer_in_one_piece(client: AsyncOpenAI, core: FakeCore, token
     assert answer.usage.prompt_tokens == len(call.prompt_token_ids)
     assert answer.usage.completion_tokens == len(token_ids) + 1
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert answer.id == f"chatcmpl-{call.request_id}"
     assert answer._request_id == call.request_id
     assert answer.model == MODEL
@@ -36,6 +39,7 @@ async def test_an_answer_in_one_piece(client: AsyncOpenAI, core: FakeCore, token
 
 async def test_a_stream_gives_the_same_as_one_piece(client: AsyncOpenAI, core: FakeCore, tokenizer: Tokenizer) -> None:
     core.script = lambda call: [*ids_of(tokenizer, "Hello 🦔!"), tokenizer.eos_token_ids[0]]
+    core.num_cached = lambda call: 3
     stream = await client.chat.completions.create(
         model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}
     )
@@ -49,6 +53,8 @@ async def test_a_stream_gives_the_same_as_one_piece(client: AsyncOpenAI, core: F
     assert last.choices == []
     assert last.usage is not None
     assert last.usage.completion_tokens == len(ids_of(tokenizer, "Hello 🦔!")) + 1
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 3
     assert len({chunk.id for chunk in chunks}) == 1
     assert len({chunk.created for chunk in chunks}) == 1
 

@@ -1,0 +1,97 @@
+"""What was measured, as Markdown."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any, Literal
+
+from bench.peers.campaign import Outcome, Point
+from bench.peers.catalog import OURS
+
+Clock = Literal["wall", "cpu"]
+KEYS = {"wall": ("prefill_ms", "decode_tok_s"), "cpu": ("prefill_cpu_ms", "decode_tok_cpu_s")}
+ALONE = 0.95
+"""Of a core that is the worker's alone it has at least this part."""
+
+
+def medians(outcome: Outcome, key: str, *, scaling: bool = False) -> dict[Point, dict[str, float]]:
+    """The median over rounds, by point and engine."""
+    found: dict[Point, dict[str, list[float]]] = {}
+    for run in outcome.runs:
+        if run["scaling"] == scaling:
+            point = Point(run["requests"], run["context"])
+            found.setdefault(point, {}).setdefault(run["engine"], []).append(run[key])
+    return {
+        point: {name: median(values) for name, values in engines.items()} for point, engines in sorted(found.items())
+    }
+
+
+def markdown(outcome: Outcome, clock: Clock) -> str:
+    """All tables of one precision."""
+    prefill, decode = KEYS[clock]
+    parts = [
+        f"## {outcome.precision}",
+        _speeds(outcome, prefill, "Prefill: ms to the first token of all", lambda ours, peer: peer / ours),
+        _speeds(outcome, decode, "Decode: tokens per second", lambda ours, peer: ours / peer),
+        _scaling(outcome, decode),
+        _facts(outcome),
+        _left_out(outcome),
+        _warning(outcome),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _speeds(outcome: Outcome, key: str, title: str, ratio: Callable[[float, float], float]) -> str:
+    found = medians(outcome, key)
+    names = list(outcome.engines)
+    rows = []
+    for point, values in found.items():
+        cells = []
+        for name in names:
+            ours = values.get(OURS.name)
+            beside = f" ({ratio(ours, values[name]):.2f}x)" if ours and name != OURS.name else ""
+            cells.append(f"{values[name]:.0f}{beside}")
+        rows.append([str(point.num_requests), str(point.context), *cells])
+    text = f"{title}; in brackets, our speed as a multiple of theirs.\n\n"
+    return text + table(["requests", "context", *names], rows)
+
+
+def _scaling(outcome: Outcome, key: str) -> str:
+    found = medians(outcome, key, scaling=True)
+    if not found:
+        return ""
+    values = {point: engines[OURS.name] for point, engines in found.items()}
+    first = next(iter(values.values()))
+    rows = [[str(point.num_requests), f"{value:.0f}", f"{value / first:.1f}x"] for point, value in values.items()]
+    context = next(iter(values)).context
+    text = f"Decode of {OURS.name} by the number of requests, at a context of {context} tokens.\n\n"
+    return text + table(["requests", "tokens per second", "of one request's"], rows)
+
+
+def _facts(outcome: Outcome) -> str:
+    def row(name: str, facts: dict[str, Any]) -> list[str]:
+        numbers = [f"{facts[key]:.0f}" for key in ("load_s", "rss_mb", "peak_mb")]
+        return [name, facts["version"].split("-")[0], *numbers, f"{facts['same_tokens']:.0%}"]
+
+    header = ["engine", "version", "load s", "MB after load", "MB at most", "same tokens as the first"]
+    return table(header, [row(name, facts) for name, facts in outcome.engines.items()])
+
+
+def _left_out(outcome: Outcome) -> str:
+    reasons = [f"{name} ({reason})" for name, reason in sorted(outcome.left_out.items())]
+    return f"Left out: {', '.join(reasons)}." if reasons else ""
+
+
+def _warning(outcome: Outcome) -> str:
+    """Whether somebody else computed on the same core."""
+    least = min((run["busy"] for run in outcome.runs), default=1.0)
+    if least >= ALONE:
+        return ""
+    return (
+        f"**Not alone on the core**: in some run a worker had it for {least:.0%} of the time. "
+        "Wall-clock figures mean little then; `--clock cpu` counts CPU time instead."
+    )
