@@ -67,6 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="1 round, 16 tokens, 1 and 4 requests, context 128")
     parser.add_argument("--scaling", action="store_true", help=f"ours at {SCALING} requests besides")
+    parser.add_argument("--patience", type=float, default=180.0, help="seconds after which a run is given up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cores", nargs="+", type=int, help="where all workers run; the last ones unless given")
     parser.add_argument("--step-tokens", type=int, default=512, help="the most a step computes, in every engine")
@@ -92,6 +93,7 @@ def _plan(arguments: argparse.Namespace, folder: Path) -> Plan:
         scaling=[Point(requests, min(arguments.contexts)) for requests in SCALING] if arguments.scaling else [],
         rounds=arguments.rounds,
         num_tokens=arguments.tokens,
+        patience_s=arguments.patience,
         threads=arguments.threads,
         step_tokens=arguments.step_tokens,
         pythons={engine.name: _python(arguments, engine) or sys.executable for engine in ENGINES},
@@ -136,7 +138,7 @@ def _write_files(arguments: argparse.Namespace, words: list[str], outcomes: list
     if arguments.out:
         machine_used, settings = words
         results = {"machine": machine_used, "settings": settings, "outcomes": [asdict(one) for one in outcomes]}
-        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+        Path(arguments.out).write_text(json.dumps(results, indent=1, default=list) + "\n")
     if arguments.plot:
         Path(arguments.plot).write_text(_plot(outcomes, KEYS[arguments.clock][1]))
 

@@ -14,7 +14,7 @@ from bench.peers.process import ROOT, PeerFailed, Worker, last_line
 from bench.peers.worker import Load, Precision, room
 
 WARM_UP_TOKENS = 4
-AGREEMENT = {"seed": "agreement", "num_requests": 4, "context": 64, "num_tokens": 16}
+AGREEMENT = {"seed": "agreement", "num_requests": 4, "context": 64, "num_tokens": 16, "patience_s": 600}
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +34,7 @@ class Plan:
         scaling: for ours besides.
         rounds: timed ones; one of a few tokens comes before them and is not reported.
         num_tokens: tokens that each request gets, the first included.
+        patience_s: a run of so long is given up, and its engine left out at that point.
         pythons: interpreter of each engine, by its name.
         folder: for conversions and logs.
     """
@@ -43,6 +44,7 @@ class Plan:
     scaling: Sequence[Point]
     rounds: int
     num_tokens: int
+    patience_s: float
     threads: int
     step_tokens: int
     pythons: Mapping[str, str]
@@ -57,6 +59,8 @@ class Outcome:
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    too_slow: set[tuple[str, int, int]] = field(default_factory=set)
+    """Engine, requests and context of what took longer than `patience_s`."""
 
 
 def campaign(plan: Plan, engines: Sequence[Engine], precision: Precision) -> Outcome:
@@ -145,10 +149,15 @@ def _turn(
         "num_requests": point.num_requests,
         "context": point.context,
         "num_tokens": plan.num_tokens if number else WARM_UP_TOKENS,
+        "patience_s": plan.patience_s,
     }
     for name in [name for name in workers if name == OURS.name or not scaling]:
-        answer = _ask(workers, outcome, name, question)
+        slow = (name, point.num_requests, point.context)
+        answer = None if slow in outcome.too_slow else _ask(workers, outcome, name, question)
         if answer is None:
+            continue
+        if "prefill_ms" not in answer:
+            outcome.too_slow.add(slow)
             continue
         _say(
             f"{outcome.precision} round {number}, {point.num_requests} x {point.context}, {name}: "

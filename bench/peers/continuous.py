@@ -23,6 +23,7 @@ class Continuous:
                 max_batch_tokens=asked.step_tokens,
                 max_requests_per_batch=asked.max_requests,
                 allow_block_sharing=False,
+                safety_margin=0.0,  # the cache is as large as these requests need
             ),
         )
         self._manager.start()

@@ -9,6 +9,7 @@ from bench.peers.catalog import OURS
 
 Clock = Literal["wall", "cpu"]
 KEYS = {"wall": ("prefill_ms", "decode_tok_s"), "cpu": ("prefill_cpu_ms", "decode_tok_cpu_s")}
+TOO_SLOW = "too slow"
 ALONE = 0.95
 """Of a core that is the worker's alone it has at least this part."""
 
@@ -52,9 +53,9 @@ def _speeds(outcome: Outcome, key: str, title: str, ratio: Callable[[float, floa
     for point, values in found.items():
         cells = []
         for name in names:
-            ours = values.get(OURS.name)
-            beside = f" ({ratio(ours, values[name]):.2f}x)" if ours and name != OURS.name else ""
-            cells.append(f"{values[name]:.0f}{beside}")
+            ours, theirs = values.get(OURS.name), values.get(name)
+            beside = f" ({ratio(ours, theirs):.2f}x)" if ours and theirs and name != OURS.name else ""
+            cells.append(f"{theirs:.0f}{beside}" if theirs else TOO_SLOW)
         rows.append([str(point.num_requests), str(point.context), *cells])
     text = f"{title}; in brackets, our speed as a multiple of theirs.\n\n"
     return text + table(["requests", "context", *names], rows)

@@ -12,10 +12,11 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """Of weights, computation and KV; `int8` is 8-bit weights, with computation and KV in bfloat16."""
@@ -72,13 +73,18 @@ class Meter:
     Engines that mix prefill and decode give the first requests more tokens while the last ones are still in prefill.
     So that decode is measured with all requests in every step, it is timed from the step in which the last request got
     its first token, for as many tokens as `num_tokens - 1` steps of all requests give.
+
+    Args:
+        patience_s: a run that has not come to its end by then is given up.
     """
 
-    def __init__(self, num_requests: int, num_tokens: int) -> None:
+    def __init__(self, num_requests: int, num_tokens: int, patience_s: float) -> None:
         self.tokens: list[list[int]] = [[] for _ in range(num_requests)]
         self._to_decode = num_requests * (num_tokens - 1)
         self._num_decoded = 0
         self._num_waiting = num_requests
+        self._patience_s = patience_s
+        self._given_up = False
         self._start = self._first = self._end = now()
 
     def __call__(self, step: Iterable[tuple[int, int]]) -> bool:
@@ -92,10 +98,17 @@ class Meter:
             self._first = now()
         if all_decode and self._num_decoded >= self._to_decode and self._end == self._start:
             self._end = now()
-        return self._num_decoded >= self._to_decode
+        enough = self._num_decoded >= self._to_decode
+        self._given_up = not enough and now()[0] - self._start[0] > self._patience_s
+        return enough or self._given_up
 
     def result(self) -> dict[str, float]:
-        """Milliseconds to the first token of all, and decoded tokens per second, by wall clock and by CPU time."""
+        """Milliseconds to the first token of all, and decoded tokens per second, by wall clock and by CPU time.
+
+        Empty if the run was given up.
+        """
+        if self._given_up:
+            return {}
         if self._end == self._start:
             raise RuntimeError(f"{self._num_decoded} of {self._to_decode} tokens came")
         prefill, decode = (
@@ -126,7 +139,15 @@ def serve(load: Callable[[Load], Peer]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a driver that is killed leaves no stopped workers
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # engines print what they like
-    lines = (json.loads(line) for line in sys.stdin)
+    try:
+        _answer_all((json.loads(line) for line in sys.stdin), answers, load)
+    except Exception:  # noqa: BLE001 - the process ends, whatever threads the engine has
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _answer_all(lines: Iterator[dict[str, Any]], answers: TextIO, load: Callable[[Load], Peer]) -> None:
     asked = Load(**next(lines))
     peer = load(asked)
     answers.write(json.dumps({"version": peer.version, **_memory_mb()}) + "\n")
@@ -136,12 +157,20 @@ def serve(load: Callable[[Load], Peer]) -> None:
 
 
 def _run(
-    peer: Peer, asked: Load, vocab_size: int, *, seed: str, num_requests: int, context: int, num_tokens: int
+    peer: Peer,
+    asked: Load,
+    vocab_size: int,
+    *,
+    seed: str,
+    num_requests: int,
+    context: int,
+    num_tokens: int,
+    patience_s: float,
 ) -> dict[str, Any]:
     """The same seed gives every engine the same prompts."""
     random_ids = random.Random(seed)
     prompts = [[random_ids.randrange(3, vocab_size) for _ in range(context)] for _ in range(num_requests)]
-    meter = Meter(num_requests, num_tokens)
+    meter = Meter(num_requests, num_tokens, patience_s)
     peer.run(prompts, room(num_requests, context, num_tokens, asked.step_tokens), meter)
     tokens = [ids[:num_tokens] for ids in meter.tokens]
     return {**meter.result(), "tokens": tokens, **_memory_mb()}

@@ -37,6 +37,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         "max_step_tokens": 16,
         "kv_pool_bytes": 2**30,
         "lease_s": 2.0,
+        "native_kernels": False,  # slower, so that requests last; and a whole system without a compiler
     }
     with running_system(folder, model=endless_model(folder), num_prefill=2, num_decode=2, settings=settings) as running:
         yield running
