@@ -8,7 +8,7 @@ from shared.engine.sequence import Sequence
 
 @dataclass(slots=True, frozen=True)
 class PrefillChunk:
-    """The next `num_tokens` tokens of a sequence that has more than one without KV."""
+    """The next `num_tokens` tokens of a sequence that has more than one without KV, or is still at its prompt."""
 
     sequence: Sequence
     num_tokens: int
@@ -43,7 +43,9 @@ def schedule(sequences: Iterable[Sequence], max_step_tokens: int, block_size: in
     prompts: list[Sequence] = []
     for sequence in sequences:
         assert sequence.num_uncomputed_tokens > 0, f"{sequence.request_id} has nothing to compute"
-        (decodes if sequence.num_uncomputed_tokens == 1 else prompts).append(sequence)
+        # The last token of a prompt is prefill even where it stands alone, so that its logits do not depend on the cut.
+        is_generated = sequence.num_computed_tokens >= sequence.num_prompt_tokens
+        (decodes if sequence.num_uncomputed_tokens == 1 and is_generated else prompts).append(sequence)
     prefills: list[PrefillChunk] = []
     budget = max_step_tokens - len(decodes)
     to_be_filled: set[int] = set()

@@ -1,5 +1,7 @@
 """Modules that take others' places compute what those do, and where they cannot be had nothing changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Ph
 
 from shared.engine.modules import linears
 from shared.engine.modules.fast import put_in_fast_modules
+from shared.engine.modules.gated import replace_gated_mlps
 from shared.engine.modules.linears import Int8Linear, NativeLinear, PackedLinear, pack_linears, quantise_linears
 from shared.engine.modules.norms import NativeRMSNorm, replace_norms
-from shared.engine.modules.rotary import replace_rotary
+from shared.engine.modules.rotary import NAME, NativeRotary, replace_rotary
 from shared.engine.native.library import Library, native_library
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -129,6 +132,69 @@ def test_8_bit_weights_are_what_they_should_be_exactly(library: Library) -> None
     rows = torch.randint(-127, 128, (5, 32), generator=torch.Generator().manual_seed(1)).float()
     rows[:, 3] = -127
     torch.testing.assert_close(Int8Linear(plain, library)(rows), rows @ weights.T, atol=0.0, rtol=1e-6)
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_no_number(library: Library) -> None:
+    rows = torch.randn(3, 32)
+    rows[1, 5] = float("nan")
+    rows[2, 7] = float("inf")
+    got = Int8Linear(nn.Linear(32, 40), library)(rows)
+    assert got[0].isfinite().all()
+    assert got[1:].isnan().all()
+
+
+def test_8_bit_weights_that_come_out_wrong_are_not_used(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(weight: torch.Tensor, right: Any = linears.quantised_weights) -> tuple[torch.Tensor, torch.Tensor]:
+        quantised, scales = right(weight)
+        return quantised, scales * 1.5
+
+    monkeypatch.setattr(linears, "quantised_weights", wrong)
+    assert quantise_linears(model(torch.float32), library) == 0
+
+
+def test_routers_keep_their_weights(library: Library) -> None:
+    layer = nn.ModuleDict({"gate": nn.Linear(32, 16), "gate_proj": nn.Linear(32, 16)})
+    assert quantise_linears(layer, library) == 1
+    assert type(layer["gate"]) is nn.Linear
+
+
+class LimitedMLP(nn.Module):
+    """Like Llama's, with a limit that ordinary rows do not reach."""
+
+    def __init__(self, activation: nn.Module, limit: float) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 32), nn.Linear(64, 32)
+        self.down_proj = nn.Linear(32, 64)
+        self.act_fn = activation
+        self.limit = limit
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        gate = self.act_fn(self.gate_proj(rows)).clamp(max=self.limit)
+        return self.down_proj(gate * self.up_proj(rows))
+
+
+@pytest.mark.parametrize(
+    ("activation", "limit", "num_replaced"),
+    [(nn.SiLU(), 7.0, 0), (nn.GELU(), float("inf"), 0), (nn.SiLU(), float("inf"), 1)],
+    ids=["limited", "another GELU", "Llama's"],
+)
+def test_only_gated_mlps_as_we_have_them_are_replaced(
+    library: Library, activation: nn.Module, limit: float, num_replaced: int
+) -> None:
+    holder = nn.Sequential(LimitedMLP(activation, limit))
+    pack_linears(holder, library)
+    assert replace_gated_mlps(holder, torch.float32) == num_replaced
+
+
+@torch.inference_mode()
+def test_rotary_takes_cos_and_sin_as_they_lie(library: Library) -> None:
+    own = type(small(CONFIGS["llama"](), torch.float32).model.layers[0].self_attn).forward.__globals__[NAME]
+    ours = NativeRotary(library, torch.float32, own)
+    query, key = torch.randn(1, 4, 64, 16), torch.randn(1, 2, 64, 16)
+    cos, sin = torch.randn(1, 16, 64).transpose(1, 2), torch.randn(1, 16, 64).transpose(1, 2)
+    expected = own(query.clone(), key.clone(), cos, sin)
+    torch.testing.assert_close(ours(query, key, cos, sin), expected)
 
 
 def test_what_8_bit_weights_have_no_kernel_for_stays(library: Library) -> None:

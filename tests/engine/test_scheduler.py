@@ -13,10 +13,12 @@ BLOCK_SIZE = 4
 def sequence_with(
     request_id: str, num_tokens: int, num_computed_tokens: int = 0, blocks: Iterable[int] = (), num_shared: int = 0
 ) -> Sequence:
+    """A prompt; or, of which all tokens but one are computed, a prompt and one generated token."""
+    is_generated = num_computed_tokens == num_tokens - 1 > 0
     return Sequence(
         request_id,
         [0] * num_tokens,
-        num_tokens,
+        num_tokens - is_generated,
         list(blocks),
         SamplingParams(max_tokens=4),
         num_to_generate=4,
@@ -35,6 +37,12 @@ def test_decodes_come_first_and_prefills_in_order_of_arrival() -> None:
     plan = schedule([first, second, third, decode], 41, BLOCK_SIZE)
     assert plan.decodes == [decode]
     assert chunks(plan) == [("first", 30), ("second", 10)]
+
+
+def test_the_last_token_of_a_prompt_is_prefill_even_alone() -> None:
+    prompt = sequence_with("prompt", 9)
+    prompt.num_computed_tokens = 8
+    assert chunks(schedule([prompt], 16, BLOCK_SIZE)) == [("prompt", 1)]
 
 
 def test_decodes_are_never_held_back() -> None:

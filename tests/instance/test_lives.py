@@ -111,6 +111,49 @@ def test_what_decode_has_is_not_fetched_again(small_blocks: Served, answers: lis
     asyncio.run(live())
 
 
+def test_who_comes_together_follows_the_first(small_blocks: Served, answers: list[list[int]]) -> None:
+    """Three prompts with 26 tokens in common, all before the first step."""
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=30, decode_blocks=30) as one:
+            requests = [one.arrive(PROMPTS[number], answers[number][:2]) for number in (1, 2, 3)]
+            await one.ask()
+            await one.finish()
+            assert [request.cached for request in requests] == [[0], [24], [24]]
+
+    asyncio.run(live())
+
+
+def test_what_a_request_has_on_decode_is_shared_while_it_goes_on(
+    small_blocks: Served, answers: list[list[int]]
+) -> None:
+    """Its prompt once that has come, and what it has generated each time that it grows."""
+    block_bytes = small_blocks.loaded.layout.block_bytes
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=30, decode_blocks=30) as one:
+
+            async def fetched(prompt: list[int], num_tokens: int) -> int:
+                """How many blocks are fetched for this prompt."""
+                before = one.fetcher.num_bytes
+                request = one.arrive(prompt, small_blocks.greedy(prompt, num_tokens))
+                while request.where != "decodes" or one.fetcher.waiting:
+                    await one.ask()
+                    await one.step_prefill()
+                    await one.transfer()
+                return (one.fetcher.num_bytes - before) // block_bytes
+
+            assert await fetched(PROMPTS[6], MAX_TOKENS) == 5
+            assert await fetched(PROMPTS[6], 2) == 0
+            while len(one.requests[0].tokens) < 20:
+                await one.step_decode()
+                await one.settle()
+            assert one.requests[0].where == "decodes"
+            assert await fetched([*PROMPTS[6], *answers[6][:18]], 2) == 8 - 7
+
+    asyncio.run(live())
+
+
 def test_a_transfer_that_breaks_leaves_nothing_behind(small_blocks: Served, answers: list[list[int]]) -> None:
     """Neither cancelled nor failed transfers make blocks that others find."""
 

@@ -1,4 +1,4 @@
-"""Attention in C++ on a CPU (`shared/engine/native/attention.cpp`), where it could be compiled."""
+"""Attention in C++ on a CPU (`decode.cpp` and `prefill.cpp` in `shared/engine/native/`), where it could be compiled."""
 
 import torch
 

@@ -6,8 +6,11 @@ from torch import nn
 from shared.engine.modules.linears import Int8Linear, NativeLinear
 from shared.engine.modules.same import computes_the_same
 
-GATES = (1, 2)
-"""SiLU, and GELU by its tanh approximation; see `linear.cpp`."""
+GATES = {
+    **dict.fromkeys(("SiLU", "SiLUActivation"), 1),
+    **dict.fromkeys(("GELUTanh", "PytorchGELUTanh", "NewGELUActivation"), 2),
+}
+"""By the class of an activation, the number that `linear.cpp` has for it: SiLU, and GELU by its tanh approximation."""
 
 Into = NativeLinear | Int8Linear
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -50,8 +53,8 @@ def replace_gated_mlps(model: nn.Module, dtype: torch.dtype) -> int:
 
 def _native(own: nn.Module, dtype: torch.dtype) -> NativeGatedMLP | None:
     gate_proj, up_proj, down_proj = (getattr(own, part) for part in PARTS)
-    for gate in GATES:
-        native = NativeGatedMLP(gate_proj, up_proj, down_proj, gate)
-        if computes_the_same(native, own, native.gate_proj.in_features, dtype):
-            return native
-    return None
+    gate = GATES.get(type(getattr(own, "act_fn", None)).__name__)
+    if gate is None:
+        return None
+    native = NativeGatedMLP(gate_proj, up_proj, down_proj, gate)
+    return native if computes_the_same(native, own, native.gate_proj.in_features, dtype) else None

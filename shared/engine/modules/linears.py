@@ -20,6 +20,8 @@ from shared.engine.native.library import DTYPES, Library
 
 Quantization = Literal["none", "int8"]
 
+ROUTERS = ("gate", "router")
+"""How the names of linears end that choose experts: they are small, and a choice is not a matter of degree."""
 PANEL = 32
 """Output features that lie together in weights packed for our kernel."""
 STEP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
@@ -68,6 +70,13 @@ class NativeLinear(nn.Module):
         )
 
 
+def quantised_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N, K] as int8 and a scale for each output [N]: symmetric, by the largest magnitude of a row."""
+    weight = weight.detach().float()
+    scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
 class Int8Linear(nn.Module):
     """`nn.Linear` with 8-bit weights, one scale per output feature, and rows quantised as they come (W8A8)."""
 
@@ -76,9 +85,7 @@ class Int8Linear(nn.Module):
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.bias = plain.bias
-        weight = plain.weight.detach().float()
-        scales = (weight.abs().amax(1) / 127).clamp_min(1e-12)
-        quantised = (weight / scales[:, None]).round_().to(torch.int8)
+        quantised, scales = quantised_weights(plain.weight)
         num_padded = -(-self.out_features // PANEL) * PANEL
         self._packed = pack(quantised)
         self._scales = torch.zeros(num_padded)
@@ -146,14 +153,32 @@ def pack_linears(model: nn.Module, library: Library | None) -> int:
 
 @torch.inference_mode()
 def quantise_linears(model: nn.Module, library: Library) -> int:
-    """Put an `Int8Linear` in place of every linear of `model` that has a kernel; how many those are."""
+    """Put an `Int8Linear` in place of every linear of `model` that has a kernel; how many those are.
+
+    The output layer is among them, routers of mixtures of experts are not. Each is compared with what its quantised
+    weights give in plain torch, and with what it was; one that fails stays as it was.
+    """
     num_quantised = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if _is_plain(child, parent, name) and _suits(child, PANEL // 2):
-                setattr(parent, name, Int8Linear(child, library))
-                num_quantised += 1
+            if _is_plain(child, parent, name) and not name.endswith(ROUTERS) and _suits(child, PANEL // 2):
+                int8 = Int8Linear(child, library)
+                if _is_quantised_right(int8, child):
+                    setattr(parent, name, int8)
+                    num_quantised += 1
     return num_quantised
+
+
+def _is_quantised_right(int8: Int8Linear, plain: nn.Linear) -> bool:
+    weights, weight_scales = quantised_weights(plain.weight)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, plain.in_features, generator=generator).to(plain.weight.dtype)
+    row_scales = rows.float().abs().amax(1, keepdim=True) / 127
+    sums = (rows.float() / row_scales).round_() @ weights.float().T
+    emulated = sums * row_scales * weight_scales + (0 if plain.bias is None else plain.bias.float())
+    got, own = int8(rows).float(), linear(rows, plain.weight, plain.bias).float()
+    largest = own.abs().max().clamp_min(1e-12)
+    return bool((got - emulated).abs().max() <= 0.01 * largest and (got - own).abs().max() <= 0.1 * largest)
 
 
 def _is_plain(child: nn.Module, parent: nn.Module, name: str) -> TypeGuard[nn.Linear]:
@@ -196,4 +221,4 @@ def _computes_like(packed: nn.Module, plain: nn.Linear) -> bool:
     def own(rows: torch.Tensor) -> torch.Tensor:
         return linear(rows, plain.weight, plain.bias)
 
-    return computes_the_same(packed, own, plain.in_features, plain.weight.dtype)
+    return computes_the_same(packed, own, plain.in_features, plain.weight.dtype, scales=(1.0,))

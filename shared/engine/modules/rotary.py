@@ -41,6 +41,7 @@ class NativeRotary:
         suits = query.dtype == key.dtype == cos.dtype == sin.dtype == self._dtype
         if not suits or unsqueeze_dim != 1 or cos.shape != (1, query.shape[2], size) or size > query.shape[3]:
             return self._own(query, key, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        cos, sin = cos.contiguous(), sin.contiguous()
         return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
 
     def _rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,7 @@ class NativeRotary:
             heads = heads.contiguous()
         _, num_heads, num_tokens, _ = heads.shape
         self._kernel(
-            *(heads.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr()),
+            *(heads.data_ptr(), cos.data_ptr(), sin.data_ptr()),
             *(num_tokens, num_heads, cos.shape[-1], heads.stride(2), heads.stride(1), self._num_threads),
         )
         return heads
@@ -91,13 +92,13 @@ def _same(ours: Apply, own: Apply, head_dim: int, size: int, dtype: torch.dtype)
         return torch.randn(*shape, generator=generator).to(dtype)
 
     query, key = (random(1, num_tokens, heads, head_dim).transpose(1, 2) for heads in (num_heads, num_kv_heads))
-    cos, sin = random(1, num_tokens, size), random(1, num_tokens, size)
+    cos, sin = (random(1, size, num_tokens).transpose(1, 2) for _ in range(2))
     try:
         expected = own(query.clone(), key.clone(), cos, sin)
     except (RuntimeError, TypeError, ValueError):
         return size < head_dim
     return all(
-        float((one.float() - other.float()).abs().max()) <= TOLERANCE[dtype] * float(one.float().abs().max())
+        one.shape == other.shape
+        and float((one.float() - other.float()).abs().max()) <= TOLERANCE[dtype] * float(one.float().abs().max())
         for one, other in zip(expected, ours(query.clone(), key.clone(), cos, sin), strict=True)
-        if one.shape == other.shape
     )

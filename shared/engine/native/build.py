@@ -10,11 +10,12 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -45,23 +46,31 @@ def built_library() -> Path | None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: what CXX says, or g++, or clang++ (which understands the same extensions)."""
-    return next(
-        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
-    )
+    """GCC's C++ compiler: what CXX names, or g++. Others lack its vector shuffles and its OpenMP, which torch has."""
+    return next((found for name in (os.environ.get("CXX"), "g++") if name and (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: `pdserve` in the user's cache folder, or in the temporary one if that is read-only."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (base / "pdserve", Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"):
+    """Where libraries are kept: `pdserve` in the user's cache folder, or in the temporary one if that is read-only.
+
+    What lies there is loaded and run, so it must be a folder of our own that nobody else can write to.
+    """
+    for folder in _cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            found = folder.lstat()
         except OSError:
             continue
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if is_ours and os.access(folder, os.W_OK):
             return folder
-    raise PermissionError("no folder for the library can be written to")
+    raise PermissionError("there is no folder to keep them in that is ours alone; set XDG_CACHE_HOME to one")
+
+
+def _cache_folders() -> Iterator[Path]:
+    with suppress(RuntimeError):  # there may be no home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdserve"
+    yield Path(tempfile.gettempdir()) / f"pdserve-{os.getuid()}"
 
 
 @contextmanager

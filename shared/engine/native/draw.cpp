@@ -72,10 +72,11 @@ long pd_draw(const float* logits, long size, uint64_t key) {
     visit_all(logits, size, key, [&](long, long, narrows scores) { most = scores > most ? scores : most; });
     float highest = most[0];
     for (int i = 1; i < WIDE; i++) highest = most[i] > highest ? most[i] : highest;
+    const float margin = MARGIN + 1e-6f * fabsf(highest);  // large scores have coarse digits
     long best = 0;
     double best_score = -INFINITY;
     visit_all(logits, size, key, [&](long token, long count, narrows scores) {
-        const inarrows near = scores >= highest - MARGIN;
+        const inarrows near = scores >= highest - margin;
         for (long i = 0; i < count; i++) {
             if (!near[i]) continue;
             const double score = (double)logits[token + i] + exact_noise(key, token + i);

@@ -114,12 +114,13 @@ static void all_panels(
 // Symmetric, by the largest magnitude of a row; stored with an offset of 128.
 template <class In>
 static void quantise(const In* row, long in_features, uint8_t* quantised, float* scale) {
-    floats most{};
+    floats most{}, unknown{};
     for (long i = 0; i < in_features; i += LANES) {
         const floats lanes = load(row + i), magnitude = select(lanes < 0.0f, -lanes, lanes);
         most = select(magnitude > most, magnitude, most);
+        unknown += lanes - lanes;  // 0, or NaN where a lane is NaN or infinite
     }
-    *scale = largest(most) / 127.0f;
+    *scale = largest(most) / 127.0f + sum(unknown);
     const float inverse = *scale > 0.0f ? 1.0f / *scale : 0.0f;
     const floats magic = splat(12582912.0f + 128.0f);  // 1.5 * 2^23: adding it rounds to an integer
     for (long i = 0; i < in_features; i += LANES) {

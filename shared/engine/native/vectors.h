@@ -145,7 +145,7 @@ static inline floats power_of_2(floats n, floats times) {
 // e to the power of x, within 2 units of the last place: 2^n times a polynomial (Cephes, expf). Below -87 it is 0, above
 // 88 it is e^88.
 static inline floats exponential(floats x) {
-    const floats clamped = larger(smaller(x, splat(88.0f)), splat(-87.0f));
+    const floats clamped = larger(splat(-87.0f), smaller(splat(88.0f), x));  // in this order NaN stays NaN
     const floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const floats n = clamped * 1.44269504088896341f + magic - magic;
     const floats r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
