@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 Precision = Literal["float32", "bfloat16", "int8"]
-"""Of weights, computation and KV; `int8` is 8-bit weights, with computation and KV in bfloat16."""
+"""Of weights, computation and KV; `int8` is linears with 8-bit weights, and all else in bfloat16."""
 
 PR_SET_PDEATHSIG = 1
 

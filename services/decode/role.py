@@ -37,19 +37,21 @@ class DecodeRole(Role):
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(DecodeRequest)
-        layout = self.parts.loaded.layout
         num_to_generate = self._num_to_generate(request)
-        room = Room(
+        room = self.admit(request, incoming.deadline, lambda: self._room(request, num_to_generate))
+        if not isinstance(room, Room):
+            return Answer(accepted=False, reason=room)
+        held = self.hold(request, room, incoming, num_to_generate)
+        held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
+        return Answer(accepted=True)
+
+    def _room(self, request: DecodeRequest, num_to_generate: int) -> Room:
+        layout = self.parts.loaded.layout
+        return Room(
             match=self.parts.cache.match(request.token_ids),
             num_blocks=layout.num_blocks(len(request.token_ids) + num_to_generate - 1),
             max_blocks=layout.num_blocks(request.num_prompt_tokens + request.sampling.max_tokens - 1),
         )
-        reason = self.refusal(request, room, incoming.deadline)
-        if reason is not None:
-            return Answer(accepted=False, reason=reason)
-        held = self.hold(request, room, incoming, num_to_generate)
-        held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
-        return Answer(accepted=True)
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         by_gateway: dict[str, list[OutputToken]] = defaultdict(list)

@@ -26,17 +26,19 @@ class PrefillRole(Role):
 
     async def take(self, incoming: Incoming) -> Answer:
         request = incoming.parse(PrefillRequest)
-        num_blocks = self.parts.loaded.layout.num_blocks(len(request.token_ids))
-        room = Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
-        reason = self.refusal(request, room, incoming.deadline)
-        if reason is not None:
-            return Answer(accepted=False, reason=reason)
+        room = self.admit(request, incoming.deadline, lambda: self._room(request))
+        if not isinstance(room, Room):
+            return Answer(accepted=False, reason=room)
         held = self.hold(request, room, incoming, num_to_generate=1)
         # From now on requests that begin alike share its blocks: they follow while the engine fills them.
         self.parts.cache.name(held.reservation.allocation, request.token_ids)
         held.in_engine = True
         self.parts.runner.add(held.sequence)
         return Answer(accepted=True)
+
+    def _room(self, request: PrefillRequest) -> Room:
+        num_blocks = self.parts.loaded.layout.num_blocks(len(request.token_ids))
+        return Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         for token in tokens:

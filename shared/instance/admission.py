@@ -44,7 +44,6 @@ class RequestFacts:
 
     epoch: int
     fingerprint: str
-    blocks: BlockNeeds
     is_held: bool
     deadline: float
 
@@ -57,12 +56,14 @@ class InstanceFacts:
     fingerprint: str
     draining: bool
     slots_free: int
-    blocks: BlockSupply
     now: float
 
 
 def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | None:
-    """The admission policy: why the instance refuses the request, or None where it accepts."""
+    """The first half of the admission policy: why the instance refuses the request, whatever its room; None if not so.
+
+    It costs next to nothing, so that a full instance can be asked often.
+    """
     if instance.draining:
         return "draining"
     if request.epoch != instance.epoch:
@@ -73,13 +74,14 @@ def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | N
         return "duplicate"
     if request.deadline <= instance.now:
         return "expired"
-    if request.blocks.alone > instance.blocks.total:
+    return "no_slot" if instance.slots_free < 1 else None
+
+
+def room_refusal(needs: BlockNeeds, supply: BlockSupply) -> RefusalReason | None:
+    """The second half: why there is no room for it, or None where the instance accepts."""
+    if needs.alone > supply.total:
         return "too_long"
-    if instance.slots_free < 1:
-        return "no_slot"
-    if not has_room(request.blocks, instance.blocks):
-        return "no_blocks"
-    return None
+    return None if has_room(needs, supply) else "no_blocks"
 
 
 def has_room(needs: BlockNeeds, supply: BlockSupply) -> bool:

@@ -25,7 +25,7 @@ from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
 from shared.engine.staging import Staging
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
-from shared.instance.admission import InstanceFacts, RequestFacts, refusal
+from shared.instance.admission import InstanceFacts, RequestFacts, refusal, room_refusal
 from shared.instance.outbox import Outbox
 from shared.instance.reservations import Reservation, Reservations, Room
 from shared.kv.holder import KVHolder
@@ -159,14 +159,16 @@ class Role(ABC):
             await asyncio.sleep(SWEEP_S)
             self.sweep(time.time())
 
-    def refusal(self, request: InstanceRequest, room: Room, deadline: float) -> RefusalReason | None:
-        """Why this instance cannot take a request that is to have this room; None if it can."""
+    def admit(self, request: InstanceRequest, deadline: float, room_for: Callable[[], Room]) -> Room | RefusalReason:
+        """The room that a request is to have, or why this instance cannot take it.
+
+        Only who may come in at all is looked up in the cache, which takes as long as its prompt.
+        """
         parts = self.parts
-        return refusal(
+        reason = refusal(
             RequestFacts(
                 epoch=request.epoch,
                 fingerprint=request.fingerprint,
-                blocks=self.reservations.needs(room),
                 is_held=request.request_id in self._held,
                 deadline=deadline,
             ),
@@ -175,10 +177,13 @@ class Role(ABC):
                 fingerprint=parts.loaded.fingerprint,
                 draining=parts.draining(),
                 slots_free=self.slots_total - self.slots_used,
-                blocks=self.reservations.supply(),
                 now=time.time(),
             ),
         )
+        if reason is not None:
+            return reason
+        room = room_for()
+        return room_refusal(self.reservations.needs(room), self.reservations.supply()) or room
 
     def hold(self, request: InstanceRequest, room: Room, incoming: Incoming, num_to_generate: int) -> Held:
         """Reserves blocks and a slot for a request that admission has accepted.

@@ -5,12 +5,18 @@ from dataclasses import replace
 import pytest
 
 from shared.bus.messages import RefusalReason
-from shared.instance.admission import BlockNeeds, BlockSupply, InstanceFacts, RequestFacts, has_room, refusal
-
-REQUEST = RequestFacts(epoch=1, fingerprint="f", blocks=BlockNeeds(alone=4, now=4), is_held=False, deadline=100.0)
-INSTANCE = InstanceFacts(
-    epoch=1, fingerprint="f", draining=False, slots_free=1, blocks=BlockSupply(total=10, free=4), now=50.0
+from shared.instance.admission import (
+    BlockNeeds,
+    BlockSupply,
+    InstanceFacts,
+    RequestFacts,
+    has_room,
+    refusal,
+    room_refusal,
 )
+
+REQUEST = RequestFacts(epoch=1, fingerprint="f", is_held=False, deadline=100.0)
+INSTANCE = InstanceFacts(epoch=1, fingerprint="f", draining=False, slots_free=1, now=50.0)
 
 
 def test_it_accepts_what_it_has_room_for() -> None:
@@ -26,15 +32,25 @@ def test_it_accepts_what_it_has_room_for() -> None:
         ({"fingerprint": "g"}, {}, "wrong_model"),
         ({"is_held": True}, {}, "duplicate"),
         ({"deadline": 50.0}, {}, "expired"),
-        ({"blocks": BlockNeeds(alone=11, now=1)}, {"slots_free": 0}, "too_long"),
         ({}, {"slots_free": 0}, "no_slot"),
-        ({"blocks": BlockNeeds(alone=5, now=5)}, {}, "no_blocks"),
     ],
 )
 def test_it_refuses(
     request_change: dict[str, object], instance_change: dict[str, object], reason: RefusalReason
 ) -> None:
     assert refusal(replace(REQUEST, **request_change), replace(INSTANCE, **instance_change)) == reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (BlockNeeds(alone=4, now=4), None),
+        (BlockNeeds(alone=5, now=5), "no_blocks"),
+        (BlockNeeds(alone=11, now=1), "too_long"),
+    ],
+)
+def test_it_refuses_what_it_has_no_room_for(needs: BlockNeeds, reason: RefusalReason | None) -> None:
+    assert room_refusal(needs, BlockSupply(total=10, free=4)) == reason
 
 
 @pytest.mark.parametrize(
