@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
 from shared.engine.modules import linears
+from shared.engine.modules.arena import lay_together
 from shared.engine.modules.fast import put_in_fast_modules
 from shared.engine.modules.gated import replace_gated_mlps
 from shared.engine.modules.linears import Int8Linear, NativeLinear, PackedLinear, pack_linears, quantise_linears
@@ -92,6 +93,20 @@ def test_a_weight_that_another_module_uses_stays(either: Library | None) -> None
     pack_linears(tied, either)
     assert tied["embedding"](torch.tensor([3])).shape == (1, 8)
     assert type(tied["head"]) is not nn.Linear
+
+
+@torch.inference_mode()
+def test_weights_lie_together_in_order_and_are_the_same(library: Library) -> None:
+    packed = model(torch.bfloat16)
+    pack_linears(packed, library)
+    rows = torch.randn(1, 3, 32).bfloat16()
+    before = packed(rows)
+    num_bytes = lay_together(packed)
+    assert torch.equal(packed(rows), before)
+    places = [module.packed.data_ptr() for module in packed.modules() if isinstance(module, NativeLinear)]
+    assert places == sorted(places)
+    assert places[-1] - places[0] < num_bytes
+    assert lay_together(nn.Sequential(nn.Linear(2, 2))) == 0
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, NotImplementedError, AttributeError])

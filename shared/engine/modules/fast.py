@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel
 
+from shared.engine.modules.arena import lay_together
 from shared.engine.modules.gated import replace_gated_mlps
 from shared.engine.modules.linears import pack_linears
 from shared.engine.modules.norms import replace_norms
@@ -32,6 +33,7 @@ def put_in_fast_modules(model: PreTrainedModel, library: Library | None) -> Repl
     linears = pack_linears(model, library)
     if library is None:
         return Replaced(linears)
+    lay_together(model)
     return Replaced(
         linears=linears,
         norms=replace_norms(model, library),

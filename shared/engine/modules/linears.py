@@ -47,7 +47,7 @@ class NativeLinear(nn.Module):
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.bias = plain.bias
-        self._packed = pack(plain.weight.detach())
+        self.packed = pack(plain.weight.detach())
         self._kernel = library.function("linear", plain.weight.dtype)
         self._num_threads = torch.get_num_threads()
 
@@ -63,7 +63,7 @@ class NativeLinear(nn.Module):
         self._kernel(
             rows.data_ptr(),
             rows.numel() // self.in_features,
-            self._packed.data_ptr(),
+            self.packed.data_ptr(),
             None if self.bias is None else self.bias.data_ptr(),
             output.data_ptr(),
             *(self.in_features, self.out_features, gate, self._num_threads),
@@ -87,7 +87,7 @@ class Int8Linear(nn.Module):
         self.bias = plain.bias
         quantised, scales = quantised_weights(plain.weight)
         num_padded = -(-self.out_features // PANEL) * PANEL
-        self._packed = pack(quantised)
+        self.packed = pack(quantised)
         self._scales = torch.zeros(num_padded)
         self._scales[: self.out_features] = scales
         self._sums = torch.zeros(num_padded, dtype=torch.int32)
@@ -110,7 +110,7 @@ class Int8Linear(nn.Module):
         self._kernel(
             rows.data_ptr(),
             num_rows,
-            *(self._packed.data_ptr(), self._scales.data_ptr(), self._sums.data_ptr()),
+            *(self.packed.data_ptr(), self._scales.data_ptr(), self._sums.data_ptr()),
             None if self.bias is None else self.bias.data_ptr(),
             output.data_ptr(),
             *(self.in_features, self.out_features, gate),
