@@ -214,4 +214,5 @@ def _sentence(item: Mapping[str, object]) -> str:
     if not location:
         return str(item["msg"])
     name = PREFIX + str(location[0]).upper()
-    return f"{name}={item['input']!r} cannot be used: {item['msg']}"
+    said = "write true or false" if item["type"] == "bool_parsing" else item["msg"]
+    return f"{name}={item['input']!r} cannot be used: {said}"

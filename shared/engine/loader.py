@@ -16,12 +16,16 @@ from shared.engine.modules.fast import put_in_fast_modules
 from shared.engine.modules.linears import Quantization, quantise_linears
 from shared.engine.native.library import Library, native_library
 from shared.engine.probe import check_config, context_length, probe_layout
-from shared.engine.selftest import TOLERANCE, check_logits, own_logits
+from shared.engine.selftest import TOLERANCE, check_logits, logits_difference, own_logits
 from shared.engine.weights import DType, check_folder, load_weights
 from shared.errors import ModelRefused
 from shared.kv.layout import KVLayout
 
 logger = logging.getLogger(__name__)
+
+MAX_SAID_CHARS = 240
+MAX_INT8_DIFFERENCE = 0.5
+"""Of logits, as a part of their spread: beyond, 8-bit weights have made another model of it."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,7 +73,15 @@ def load_model(
         raise
     except Exception as error:
         # Whatever model code may raise, the operator is told which model it was.
-        raise ModelRefused(f"model {model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ModelRefused(f"model {model!r} cannot be loaded: {type(error).__name__}: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """What a library said, as part of one sentence of ours."""
+    if type(error).__name__ == "SafetensorError":
+        return f"{error} (a file is incomplete or damaged: get the model's files anew)"
+    said = " ".join(str(error).split())
+    return said if len(said) <= MAX_SAID_CHARS else said[:MAX_SAID_CHARS].rsplit(" ", 1)[0] + " …"
 
 
 def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
@@ -86,18 +98,21 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     library = native_library() if choices.native and weights.device.type == "cpu" else None
-    if choices.quantization == "int8":
-        _quantise(model, weights, library)
     text_config = weights.config.get_text_config(decoder=True)
     longest = context_length(text_config)
+    window = getattr(text_config, "sliding_window", None)
     weights.set_attn_implementation(own_attention)
-    expected = own_logits(weights, text_config.vocab_size, getattr(text_config, "sliding_window", None), longest)
+    expected = own_logits(weights, text_config.vocab_size, window, longest)
+    if choices.quantization == "int8":
+        before, num_quantised = expected, _quantise(model, weights, library)
+        expected = own_logits(weights, text_config.vocab_size, window, longest)
+        _check_quantised(model, num_quantised, logits_difference(before, expected))
     attention = _put_in_attention(weights, layout, library)
     replaced = put_in_fast_modules(weights, library)
     allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
     difference = check_logits(model, weights, attention, layout, expected, allowed)
     logger.info(
-        "model %s: ready after %.1f s, %.1fM parameters in %.0f MB, faster modules: %s, "
+        "model %s: ready after %.1f s, %.1fM parameters, %.0f MB in the files' layout, faster modules: %s, "
         "logits within %.1g of its own, fingerprint %s",
         *(model, time.monotonic() - started, num_parameters / 1e6, weight_bytes / 1e6, replaced),
         *(difference, name_of_weights),
@@ -116,14 +131,24 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
     )
 
 
-def _quantise(model: str, weights: PreTrainedModel, library: Library | None) -> None:
+def _quantise(model: str, weights: PreTrainedModel, library: Library | None) -> int:
     if library is None:
         raise ModelRefused(
-            f"model {model!r}: 8-bit weights need the native kernels, and those a CPU and a C++ compiler: install g++, "
-            "or set PDSERVE_QUANTIZATION=none"
+            f"model {model!r}: 8-bit weights need the native kernels, and those a CPU, g++ and "
+            "PDSERVE_NATIVE_KERNELS=true; or set PDSERVE_QUANTIZATION=none"
         )
-    num_quantised = quantise_linears(weights, library)
-    logger.info("model %s: %d linears have 8-bit weights", model, num_quantised)
+    return quantise_linears(weights, library)
+
+
+def _check_quantised(model: str, num_quantised: int, difference: float) -> None:
+    logger.info(
+        "model %s: %d linears have 8-bit weights, logits within %.2g of those without", model, num_quantised, difference
+    )
+    if num_quantised == 0 or not difference <= MAX_INT8_DIFFERENCE:
+        raise ModelRefused(
+            f"model {model!r} cannot have 8-bit weights: {num_quantised} of its linears can, and its logits change by "
+            f"{difference:.2g} of their spread; set PDSERVE_QUANTIZATION=none"
+        )
 
 
 def _put_in_attention(weights: PreTrainedModel, layout: KVLayout, library: Library | None) -> PagedAttention:

@@ -98,6 +98,12 @@ def check_logits(
     return worst
 
 
+def logits_difference(one: Expected, other: Expected) -> float:
+    """The largest difference of two models' logits on the test requests, as a part of their spread."""
+    pairs = zip(one.logits, other.logits, strict=True)
+    return max(_difference(row, own) for ours, owns in pairs for row, own in zip(owns, ours, strict=True))
+
+
 def _difference(row: torch.Tensor, own: torch.Tensor) -> float:
     difference = float((row - own).abs().max() / (own.max() - own.min()).clamp_min(1e-6))
     return difference if difference >= 0 else float("inf")  # what is not a number is no small difference

@@ -26,15 +26,19 @@ def load_weights(model: str, is_folder: bool, dtype: DType) -> PreTrainedModel:
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), local_files_only=is_folder, output_loading_info=True
+        model,
+        dtype=getattr(torch, dtype),
+        local_files_only=is_folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     weights, report = loaded
     # transformers gives parameters that the files lack random values, and goes on.
     lacking = sorted(report["missing_keys"]) + [key for key, *_ in report["mismatched_keys"]]
     if lacking:
         raise ModelRefused(
-            f"model {model!r}: its files lack {len(lacking)} of its parameters ({lacking[0]}, ...); "
-            "get the weights that belong to its config.json"
+            f"model {model!r}: its files lack {len(lacking)} of its parameters, or have them in another size "
+            f"({lacking[0]}, ...); get the weights that belong to its config.json"
         )
     weights.eval()
     assert isinstance(weights, PreTrainedModel)

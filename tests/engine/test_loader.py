@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import BertConfig, BloomConfig, MambaConfig, PreTrainedConfig, ViTConfig
 
+from shared.engine import loader
 from shared.engine.kernels import plain
 from shared.engine.kernels.plain import paged_decode
 from shared.engine.loader import load_model
+from shared.engine.native.library import native_library
 from shared.errors import ModelRefused
 from shared.kv.layout import LayerLayout
 
@@ -82,7 +84,7 @@ def test_broken_config(copy: Path) -> None:
 def test_broken_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert "cannot be loaded" in refusal(copy)
+    assert "get the model's files anew" in refusal(copy)
 
 
 def test_weights_of_a_smaller_model(copy: Path) -> None:
@@ -92,7 +94,30 @@ def test_weights_of_a_smaller_model(copy: Path) -> None:
 
 def test_unknown_architecture(copy: Path) -> None:
     change_config(copy, model_type="unheard_of", architectures=["UnheardOf"])
-    assert "unheard_of" in refusal(copy)
+    said = refusal(copy)
+    assert "unheard_of" in said
+    assert "\n" not in said
+
+
+def test_weights_of_another_size(copy: Path) -> None:
+    change_config(copy, intermediate_size=64)
+    assert "another size" in refusal(copy)
+
+
+def test_8_bit_weights_need_the_native_kernels(folders: dict[str, str]) -> None:
+    with pytest.raises(ModelRefused, match="PDSERVE_QUANTIZATION=none"):
+        load_model(folders["llama"], dtype="float32", quantization="int8", native=False)
+
+
+def test_8_bit_weights_that_change_the_model_are_refused(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native_library() is None:
+        pytest.skip("there is no C++ compiler here")
+    load_model(folders["llama"], dtype="float32", quantization="int8")
+    monkeypatch.setattr(loader, "MAX_INT8_DIFFERENCE", 1e-6)
+    with pytest.raises(ModelRefused, match="its logits change"):
+        load_model(folders["llama"], dtype="float32", quantization="int8")
 
 
 SMALL: dict[str, int] = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}

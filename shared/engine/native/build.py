@@ -40,7 +40,11 @@ def built_library() -> Path | None:
             if not path.is_file():
                 _build(compiler, path)
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("native kernels cannot be built, so torch's own are used: %s", _reason(error))
+        log.warning(
+            "native kernels cannot be built, so torch's own are used, which are slower; install g++, or let CXX name a GCC: "
+            "%s",
+            _reason(error),
+        )
         return None
     return path
 
