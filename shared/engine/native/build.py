@@ -41,8 +41,7 @@ def built_library() -> Path | None:
                 _build(compiler, path)
     except (OSError, subprocess.SubprocessError) as error:
         log.warning(
-            "native kernels cannot be built, so torch's own are used, which are slower; install g++, or let CXX name a GCC: "
-            "%s",
+            "native kernels cannot be built, so torch's are used, more slowly; install g++, or let CXX name one: %s",
             _reason(error),
         )
         return None
