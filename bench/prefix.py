@@ -14,7 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from bench.peers.model import make_model
 from bench.running import machine
 from shared.engine.engine import Engine
 from shared.engine.loader import load_model
@@ -43,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tame_threads()
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
-        model = arguments.model or make_model(folder)
+        model = arguments.model or make_model(Path(folder))
         loaded = load_model(model, dtype="float32", block_size=BLOCK_SIZE, num_threads=arguments.threads)
     print(f"{machine()}\n{loaded.num_parameters / 1e6:.0f} million parameters, fp32; {arguments.rounds} rounds")
     print(f"{NUM_REQUESTS} requests of {NUM_SHARED} common and {arguments.own} own tokens, ms until all have a token")
@@ -106,26 +108,6 @@ def measure(
             if number > 0:  # the first warms up
                 taken[enabled].append((time.perf_counter() - started_at) * 1000)
     return taken
-
-
-def make_model(folder: str) -> str:
-    """A Llama of about 100 million parameters with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def _report(name: str, taken: dict[bool, list[float]]) -> None:
