@@ -1,6 +1,7 @@
-"""`pdserve status`: what the controller sees."""
+"""`pdserve status`: what the controller sees, and what it has decided."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from pdserve import runfile
 from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
-from shared.bus.messages import Message, Status
+from shared.bus.messages import GroupStatus, InstanceStatus, Message, Status
 from shared.errors import BusUnavailable, PeerUnavailable
 
 TIMEOUT_S = 3.0
+NUM_DECISIONS = 8
+"""How many of the latest are shown; --json has more."""
 
 
 def show_status(nats_url: str | None, *, as_json: bool, folder: Path) -> int:
@@ -21,6 +24,13 @@ def show_status(nats_url: str | None, *, as_json: bool, folder: Path) -> int:
         print(status.model_dump_json(indent=2))
     else:
         show(status)
+    return 0
+
+
+def show_groups(nats_url: str | None, *, folder: Path) -> int:
+    """Prints groups alone; raises likewise."""
+    for group in asyncio.run(ask(nats_url or find_nats(folder))).groups:
+        _show_group(group)
     return 0
 
 
@@ -45,30 +55,81 @@ async def ask(nats_url: str) -> Status:
 
 
 def show(status: Status) -> None:
-    """Groups, then a line for each instance and gateway."""
+    """Groups, then a line for each instance and gateway, then the latest decisions."""
+    lead = "nobody leads" if status.leader is None else f"{status.leader} leads"
+    print(f"{lead}; ratio control: {status.control}")
     for group in status.groups:
-        late = f", {len(group.late)} late" if group.late else ""
-        print(f"group {group.name}: {group.model}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}")
-    rows = [("INSTANCE", "ROLE", "STATE", "SLOTS", "BLOCKS FREE", "CACHED", "EPOCH", "HEARTBEAT", "PID", "HOST")]
-    for one in status.instances:
-        rows.append(
-            (
-                one.id,
-                one.role,
-                "late" if one.late else one.state,
-                f"{one.slots_used}/{one.slots_total}",
-                f"{one.blocks_free}/{one.blocks_total}",
-                str(one.blocks_cached),
-                str(one.epoch),
-                f"{one.heartbeat_age_s:.1f} s",
-                str(one.pid),
-                one.host,
-            )
-        )
-    print_table(rows)
+        _show_group(group)
+    print_table([COLUMNS, *(_row(one) for one in status.instances)])
     for gateway in status.gateways:
         waits = f"{gateway.open_requests} open requests, {gateway.waiting_requests} waiting"
         print(f"gateway {gateway.id}: {gateway.address}, {waits}, pid {gateway.pid} on {gateway.host}")
+    if status.upgrade is not None:
+        print(status.upgrade)
+    for one in status.decisions[-NUM_DECISIONS:]:
+        at = time.strftime("%H:%M:%S", time.localtime(one.at))
+        print(f"{at} {one.group}: {one.what}, since {one.why}: {one.outcome or 'under way'}")
+
+
+COLUMNS = (
+    "INSTANCE",
+    "GROUP",
+    "ROLE",
+    "STATE",
+    "SLOTS",
+    "LEASED",
+    "BLOCKS FREE",
+    "CACHED",
+    "EPOCH",
+    "BEAT",
+    "PID",
+    "HOST",
+)
+
+
+def _row(one: InstanceStatus) -> tuple[str, ...]:
+    return (
+        one.id,
+        one.group or "-",
+        one.role or "-",
+        "late" if one.late else one.state,
+        f"{one.slots_used}/{one.slots_total}",
+        str(one.slots_leased),
+        f"{one.blocks_free}/{one.blocks_total}",
+        str(one.blocks_cached),
+        str(one.epoch),
+        f"{one.heartbeat_age_s:.1f} s",
+        str(one.pid),
+        one.host,
+    )
+
+
+def _show_group(group: GroupStatus) -> None:
+    late = f", {len(group.late)} late" if group.late else ""
+    scenario = f" (scenario {group.scenario})" if group.scenario != group.name else ""
+    what = f"{group.model or 'nobody'}, {len(group.prefill)} prefill, {len(group.decode)} decode{late}"
+    print(f"group {group.name}{scenario}: {what}; {group.open} open requests, {group.waiting} waiting")
+    figures = [f"{name} {_shown(group.load.get(key), factor)}" for name, key, factor in FIGURES if group.load.get(key)]
+    if figures:
+        print(f"  {', '.join(figures)}")
+
+
+FIGURES = (
+    ("arrivals/s", "arrivals_per_s", 1.0),
+    ("done/s", "done_per_s", 1.0),
+    ("TTFT ms", "ttft_s", 1000.0),
+    ("TPOT ms", "tpot_s", 1000.0),
+    ("E2E s", "e2e_s", 1.0),
+    ("T_p s", "held_prefill_s", 1.0),
+    ("T_d s", "held_decode_s", 1.0),
+    ("prefill busy %", "prefill_busy", 100.0),
+    ("decode busy %", "decode_busy", 100.0),
+    ("refusals/s", "refusals_per_s", 1.0),
+)
+
+
+def _shown(value: float | None, factor: float) -> str:
+    return f"{(value or 0.0) * factor:.3g}"
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:

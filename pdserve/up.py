@@ -12,9 +12,11 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import httpx
@@ -22,13 +24,15 @@ import httpx
 from pdserve import runfile
 from pdserve.children import Child, Program, last_words, wait_for_exit
 from pdserve.forked import Forked, fork_server
+from pdserve.provisioning import Wanted
 from pdserve.servers import Servers
 from shared import settings
 from shared.addresses import shown
 from shared.bus import connection
 from shared.errors import PDServeError, SettingsInvalid
+from shared.groups import DEFAULT, GroupsFile
 from shared.registry import registry
-from shared.settings import GatewaySettings, InstanceSettings
+from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings
 from shared.text.files import read_object
 
 NATS_PORT = 4222
@@ -45,20 +49,54 @@ class StartFailed(PDServeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """What an instance is to begin as."""
+
+    group: str
+    role: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        name = f"{self.role}-{self.number}"
+        return name if self.group == DEFAULT else f"{self.group}-{name}"
+
+
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """What the command line asks for; settings by field name, only those that it gives."""
 
-    num_prefill: int
-    num_decode: int
+    places: list[Place]
     gateway: dict[str, object]
     instance: dict[str, object]
+    controller: dict[str, object]
+    max_instances: int = 0
+    """How many instances the controller may have in all; 0 is those that there are from the beginning."""
+
+    @property
+    def summary(self) -> str:
+        """How many of what, as "2 prefill and 1 decode"."""
+        counts = Counter(place.role for place in self.places)
+        return " and ".join(f"{number} {role}" for role, number in counts.items())
+
+
+def places_of(groups: GroupsFile, num_spares: int) -> list[Place]:
+    """An instance for each that the groups begin with, and spares."""
+    declared = [
+        Place(spec.name, role, number)
+        for role in ("prefill", "decode")
+        for spec in groups.groups
+        for number in range(spec.prefill if role == "prefill" else spec.decode)
+    ]
+    return declared + [Place(DEFAULT, "spare", number) for number in range(num_spares)]
 
 
 def up(wishes: Wishes, folder: Path) -> int:
     """Serves until SIGINT or SIGTERM; the exit code."""
     asked_to_end = _listen_for_signals()
     gateway = settings.load(GatewaySettings, **wishes.gateway)
-    settings.load(InstanceSettings, **wishes.instance)  # to refuse now what instances would refuse
+    _check_mock_times(settings.load(InstanceSettings, **wishes.instance))  # to refuse now what services would refuse
+    settings.load(ControllerSettings, **wishes.controller)
     _refuse_second_up(folder)
     _refuse_port_in_use(gateway.http_host, gateway.http_port)
     started_at = time.monotonic()
@@ -78,12 +116,14 @@ def up(wishes: Wishes, folder: Path) -> int:
                 pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=gateway.local_address, logs=str(logs)
             )
             runfile.write(folder, run)
-            say(
-                f"loading {gateway.model} for {wishes.num_prefill} prefill and {wishes.num_decode} decode; logs: {logs}"
-            )
+            say(f"loading {gateway.model} for {wishes.summary}; logs: {logs}")
+            if wishes.instance.get("engine") == "mock" or settings.given("engine") == "mock":
+                say("MOCK ENGINE: nothing is computed, text is noise, and no figure says anything about real serving")
             if _wait_until_ready(gateway, children, asked_to_end, started_at):
                 _say_hello(gateway, time.monotonic() - started_at)
-                _watch(children, servers, asked_to_end)
+                start_more = Starter(wishes, children, nats_url)
+                _watch(children, servers, asked_to_end, start_more)
+                start_more.close()
             say("draining (Ctrl-C again to end at once)")
         finally:
             _end(children, asked_to_end, gateway.drain_timeout_s + KILL_AFTER_S)
@@ -126,6 +166,13 @@ def _refuse_second_up(folder: Path) -> None:
             f"`pdserve up` runs in this folder already (process {run.pid}, {run.address}): "
             "end it, or start in another folder"
         )
+
+
+def _check_mock_times(instance: InstanceSettings) -> None:
+    if instance.engine == "mock":
+        from shared.engine.mock import MockTimes  # which imports torch
+
+        MockTimes.parse(instance.mock_times)
 
 
 def _refuse_port_in_use(host: str, port: int) -> None:
@@ -172,19 +219,17 @@ def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object], logs: Path) -> list[Child]:
     """All services in the order in which they start: light ones first, since the first instance waits for torch."""
-    num_instances = wishes.num_prefill + wishes.num_decode
-    threads = max(1, (os.cpu_count() or 1) // num_instances)
+    threads = max(1, (os.cpu_count() or 1) // len(wishes.places))
     instance = {"threads": threads, **wishes.instance, **urls}
     settings.tame_threads()
     context = fork_server(_modules_of(gateway.model))
     instances: list[Child] = [
-        Forked(f"{role}-{number}", {**instance, "role": role}, logs / f"{role}-{number}.log", context)
-        for role, count in (("prefill", wishes.num_prefill), ("decode", wishes.num_decode))
-        for number in range(count)
+        Forked(place.name, {**instance, "role": place.role, "group": place.group}, logs / f"{place.name}.log", context)
+        for place in wishes.places
     ]
     return [
         Program("gateway", "services.gateway", {**wishes.gateway, **urls}, logs / "gateway.log"),
-        Program("controller", "services.controller", urls, logs / "controller.log"),
+        Program("controller", "services.controller", {**wishes.controller, **urls}, logs / "controller.log"),
         *instances,
     ]
 
@@ -235,7 +280,47 @@ def _say_hello(gateway: GatewaySettings, elapsed_s: float) -> None:
     say(f"or, in this folder: {sys.argv[0]} chat, {sys.argv[0]} status. Ctrl-C ends.")
 
 
-def _watch(children: list[Child], servers: Servers, asked: Asked) -> None:
+class Starter:
+    """Starts spares that the controller asks for, and ends those that it gives back."""
+
+    def __init__(self, wishes: Wishes, children: list[Child], nats_url: str) -> None:
+        self._children = children
+        self._model_of = next(child for child in children if isinstance(child, Forked))
+        self._max = max(wishes.max_instances, len(wishes.places))
+        self._numbers = count()
+        self._wanted = Wanted(nats_url, self._room)
+
+    def _room(self) -> int:
+        return self._max - sum(isinstance(child, Forked) for child in self._children)
+
+    def _is_wished_away(self, child: Child, processes: list[tuple[str, int]]) -> bool:
+        is_ours = isinstance(child, Forked) and bool(child.settings.get("on_demand"))
+        return is_ours and (settings.hostname(), child.pid) in processes
+
+    def close(self) -> None:
+        self._wanted.close()
+
+    def look(self) -> list[Child]:
+        """Carries out what is wished by now; the children that were started."""
+        started: list[Child] = []
+        while (wish := self._wanted.next()) is not None:
+            for child in [one for one in self._children if self._is_wished_away(one, wish.end)]:
+                self._children.remove(child)
+                child.terminate()
+                say(f"{child.name} is given back")
+            for _ in range(wish.start):
+                name = f"on-demand-{next(self._numbers)}"
+                like = self._model_of
+                settings_ = {**like.settings, "role": "spare", "group": DEFAULT, "on_demand": True}
+                child = Forked(name, settings_, like.log.with_name(f"{name}.log"), like.context)
+                child.start()
+                say(f"{name} is started, as the controller asks")
+                self._children.append(child)
+                started.append(child)
+        return started
+
+
+def _watch(children: list[Child], servers: Servers, asked: Asked, starter: Starter) -> None:
     """Starts again what dies, at once the first time and with growing pauses if it keeps dying."""
     started = {child.name: time.monotonic() for child in children}
     pause_s = dict.fromkeys(started, 0.0)
@@ -244,6 +329,8 @@ def _watch(children: list[Child], servers: Servers, asked: Asked) -> None:
         now = time.monotonic()
         for name in servers.restart_dead():
             say(f"{name} died: started again")
+        for child in starter.look():
+            started[child.name], pause_s[child.name] = now, 0.0
         for child in children:
             if child.name in due:
                 if now >= due[child.name]:

@@ -21,13 +21,13 @@ TIMEOUT_S = 3.0
 
 
 async def instance_not_well(settings: Settings) -> str | None:
-    """Why no instance on this host takes requests; None if one does, in whichever group and role."""
+    """Why no instance on this host is well; None if one is, in whichever group and role, or as a spare."""
     host = hostname()
     async with registry.connect(settings.redis_url, ttl_s=settings.record_ttl_s, timeout_s=TIMEOUT_S) as records:
-        found = [one for group in await records.groups() for one in await records.instances(group) if one.host == host]
+        found = [one for one in await records.instances() if one.host == host]
     if not found:
         return f"no instance of {host} is in the registry"
-    return None if any(one.state == "ready" for one in found) else f"the instance of {host} is draining"
+    return None if any(one.state != "draining" for one in found) else f"the instance of {host} is draining"
 
 
 async def controller_not_well(settings: Settings) -> str | None:

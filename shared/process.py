@@ -104,14 +104,16 @@ async def heartbeats(
     A registry that is away is waited for: its readers see old heartbeats, and new ones once it is back.
     """
     beats = 0
+    writing = asyncio.Lock()  # what is written last is what was true last
 
     async def beat() -> None:
         nonlocal beats
-        beats += 1
-        try:
-            await write(record(beats))
-        except RegistryUnavailable as error:
-            log.warning("a heartbeat was not written: %s", error)
+        async with writing:
+            beats += 1
+            try:
+                await write(record(beats))
+            except RegistryUnavailable as error:
+                log.warning("a heartbeat was not written: %s", error)
 
     async def beat_forever() -> None:
         while True:

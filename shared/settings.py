@@ -16,14 +16,14 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import SettingsInvalid
-from shared.registry.records import Role
+from shared.registry.records import EngineKind
 
 PREFIX = "PDSERVE_"
 DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "models" / "demo")
 
 Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+GroupName = Annotated[str, Field(min_length=1, max_length=48, pattern=r"^-?[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*-?$")]
 
 
 class Settings(BaseSettings):
@@ -33,7 +33,6 @@ class Settings(BaseSettings):
 
     nats_url: str = "nats://127.0.0.1:4222"
     redis_url: str = "redis://127.0.0.1:6379"
-    group: Name = "default"
     heartbeat_s: Seconds = 0.5
     heartbeat_late_s: Seconds = 2.0
     """A heartbeat that has not moved for so long is late: its instance gets no requests, and loses those it has."""
@@ -86,6 +85,8 @@ class GatewaySettings(ModelSettings):
     """How long a request waits for an instance where there is none at all."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """How many instances may fail a request before it fails."""
+    local_prefill: Literal["auto", "off"] = "auto"
+    """Whether a decode instance computes a short prompt itself where that is quicker, as measured."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """How many requests may wait in this gateway for a slot; one more is refused with 429."""
 
@@ -103,7 +104,19 @@ class GatewaySettings(ModelSettings):
 class InstanceSettings(ModelSettings):
     """Settings of `services.prefill` and `services.decode`."""
 
-    role: Role = "prefill"
+    role: Literal["prefill", "decode", "spare"] = "prefill"
+    """What it would like to be; the controller assigns it. A spare takes any role in any group."""
+    group: GroupName = "default"
+    """In which group, unless it is a spare."""
+    on_demand: bool = False
+    """Whether it was started for a controller that asked, which may end it again."""
+    engine: EngineKind = "torch"
+    """`mock` computes nothing: it waits as long as `mock_times` say, and its text is noise."""
+    mock_times: str = "prefill=5ms+0.1ms/token,step=20ms+0.3ms/row,transfer=1ms+5us/token"
+    """How long the mock engine takes: each a base, and more for each token or row; what is left out is as here."""
+    engine_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the time in which the engine may compute: several instances on one small machine are then as fast
+    as each on a slower one of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     """Where to compute and keep KV: `cpu`, `cuda` (the first GPU) or `cuda:N`."""
@@ -130,6 +143,8 @@ class InstanceSettings(ModelSettings):
     """For how many tokens a decode instance reserves room at a time."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """The token budget of one engine step."""
+    move_after_s: Seconds = 1.0
+    """For how long a decode instance that changes its role lets requests end by themselves before they move."""
     lease_s: Seconds = 30.0
     """How long a prefill instance keeps KV that nobody fetches."""
     fetch_timeout_s: Seconds = 30.0
@@ -139,6 +154,21 @@ class InstanceSettings(ModelSettings):
 
 class ControllerSettings(Settings):
     """Settings of `services.controller`."""
+
+    groups: str = ""
+    """The groups file; a single group that serves everything without."""
+    control: Literal["auto", "advise", "off"] | None = None
+    """Whether ratios follow the load, or are only advised, or are left alone; as the groups file says unless set."""
+    admin_key: str = ""
+    """What operators' commands have to show; none means that everybody on the bus may give them."""
+    leader_lease_s: Seconds = 1.5
+    """How long a leader is taken to be alive without renewing its lease."""
+    canary_timeout_s: Seconds = 10.0
+    """How long the canary request through a new member may take."""
+    order_timeout_s: Seconds = 60.0
+    """How long an instance may take to follow an order, the loading of another model aside."""
+    load_timeout_s: Seconds = 600.0
+    """How long an instance may take to load another model."""
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -49,7 +49,8 @@ async def eventually(predicate: Callable[[], object | Awaitable[object]], timeou
 class System:
     """A whole pdserve of real processes: its own NATS and Valkey, a controller, a gateway, and instances.
 
-    Settings apply to every service that knows them, as `PDSERVE_*` would. `folder` gets the logs.
+    Settings apply to every service that knows them, as `PDSERVE_*` would; those of `controller` and `gateway` to
+    these alone. `folder` gets the logs.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class System:
         num_prefill: int = 1,
         num_decode: int = 1,
         settings: Mapping[str, object] | None = None,
+        controller: Mapping[str, object] | None = None,
+        gateway: Mapping[str, object] | None = None,
     ) -> None:
         tame_threads()
         self.folder = folder
@@ -79,9 +82,14 @@ class System:
         }
         self.context = fork_server(["transformers.models.llama.modeling_llama"])
         self.gateway = Program(
-            "gateway", "services.gateway", {**self.settings, "http_port": self.port}, folder / "gateway.log"
+            "gateway",
+            "services.gateway",
+            {"local_prefill": "off", **self.settings, "http_port": self.port, **(gateway or {})},
+            folder / "gateway.log",
         )
-        self.controller = Program("controller", "services.controller", self.settings, folder / "controller.log")
+        # Roles are left alone unless a test wants otherwise: it says itself who plays what.
+        controller = {"control": "off", **self.settings, **(controller or {})}
+        self.controller = Program("controller", "services.controller", controller, folder / "controller.log")
         self.instances = [self._instance("prefill", n) for n in range(num_prefill)]
         self.instances += [self._instance("decode", n) for n in range(num_decode)]
 
@@ -142,6 +150,24 @@ class System:
 
         wait_until(is_settled)
 
+    def serving(self) -> dict[str, int]:
+        """How many instances of each role are in maps, and live; nobody while no controller answers."""
+        try:
+            groups = self.status().groups
+        except BusUnavailable:
+            return {}
+        return {
+            "prefill": sum(len(group.prefill) for group in groups),
+            "decode": sum(len(group.decode) for group in groups),
+        }
+
+    def add_instance(self, role: str, number: int) -> Forked:
+        """Starts one more."""
+        child = self._instance(role, number)
+        self.instances.append(child)
+        child.start()
+        return child
+
     def slots_used(self, role: str) -> int:
         """How many requests the instances of a role hold."""
         return sum(one.slots_used for one in self.live() if one.role == role)
@@ -160,7 +186,15 @@ class System:
         return True
 
     def _all_are_known(self) -> bool:
-        return {one.pid for one in self.live()} == {one.pid for one in self.instances}
+        """Whether the instances that run are those in the registry, and each is announced in its group's map."""
+        try:
+            status = self.status()
+        except BusUnavailable:
+            return False
+        members = {one for group in status.groups for one in (*group.prefill, *group.decode)}
+        live = [one for one in status.instances if not one.late]
+        announced = all(one.id in members or one.wish_role is None for one in live)
+        return announced and {one.pid for one in live} == {one.pid for one in self.instances}
 
     def _is_ready(self) -> bool:
         try:

@@ -6,14 +6,16 @@ import pytest
 
 from shared import errors
 from shared.registry import keys
-from shared.settings import PREFIX, GatewaySettings, InstanceSettings
+from shared.settings import PREFIX, ControllerSettings, GatewaySettings, InstanceSettings
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_setting_stands_in_operations() -> None:
     page = (ROOT / "docs/operations.md").read_text()
-    for name in {*GatewaySettings.model_fields, *InstanceSettings.model_fields}:
+    for name in {
+        name for kind in (GatewaySettings, InstanceSettings, ControllerSettings) for name in kind.model_fields
+    }:
         assert f"`{PREFIX}{name.upper()}`" in page, name
 
 
@@ -26,12 +28,20 @@ def test_every_error_stands_in_the_protocol_with_its_status() -> None:
         assert f"| `{kind.code}` | {kind.status} |" in page, kind
 
 
-@pytest.mark.parametrize("verb", ["prefill", "decode", "cancel"])
+@pytest.mark.parametrize("verb", ["prefill", "decode", "cancel", "assign"])
 def test_every_subject_of_an_instance_stands_in_the_architecture(verb: str) -> None:
     assert f"`pdserve.v1.instance.<id>.{verb}`" in (ROOT / "docs/architecture.md").read_text()
 
 
 def test_every_key_stands_in_the_architecture() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
-    for key in (keys.GROUPS, keys.GATEWAYS, keys.instance("<id>"), keys.gateway("<id>"), keys.group("<name>")):
+    for key in (
+        keys.INSTANCES,
+        keys.GATEWAYS,
+        keys.MAPS,
+        keys.LEADER,
+        keys.TERM,
+        keys.instance("<id>"),
+        keys.gateway("<id>"),
+    ):
         assert f"`{key}`" in page, key

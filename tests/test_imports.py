@@ -9,18 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SERVICES = sorted(folder.name for folder in (ROOT / "services").iterdir() if (folder / "__main__.py").exists())
+DECIDING = sorted((ROOT / "services" / "controller" / "policy").glob("*.py"))
 
 
 def imported_by(folder: Path) -> set[str]:
     """The full names of all modules that files in `folder` import, anywhere in them."""
+    return {name for file in folder.rglob("*.py") for name in imported_by_file(file)}
+
+
+def imported_by_file(file: Path) -> set[str]:
     names: set[str] = set()
-    for file in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file} imports relatively"
-                names.add(node.module or "")
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names.add(node.module or "")
     return names
 
 
@@ -36,7 +40,14 @@ def test_shared_imports_neither_services_nor_the_command() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["services.gateway.__main__", "services.controller.__main__", "pdserve.up", "pdserve.status", "pdserve.chat"],
+    [
+        "services.gateway.__main__",
+        "services.controller.__main__",
+        "pdserve.up",
+        "pdserve.status",
+        "pdserve.admin",
+        "pdserve.chat",
+    ],
 )
 def test_it_starts_without_torch(module: str) -> None:
     check = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'huggingface_hub'}} & set(sys.modules)))"
@@ -44,10 +55,15 @@ def test_it_starts_without_torch(module: str) -> None:
     assert loaded.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("policy", ["gateway/policy.py", "controller/status.py"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "gateway/policy.py",
+        "gateway/affinity.py",
+        "gateway/classify.py",
+        *(f"controller/policy/{file.name}" for file in DECIDING),
+    ],
+)
 def test_policies_import_no_client_library(policy: str) -> None:
-    tree = ast.parse((ROOT / "services" / policy).read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {
-        name for name in modules if name and name.split(".")[0] in ("nats", "redis", "httpx", "asyncio", "torch")
-    }
+    imported = {name.split(".")[0] for name in imported_by_file(ROOT / "services" / policy)}
+    assert not imported & {"nats", "redis", "httpx", "asyncio", "torch"}

@@ -4,7 +4,7 @@ import pytest
 
 from shared import settings
 from shared.errors import SettingsInvalid
-from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings
+from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings, Settings
 
 
 def test_defaults_environment_and_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,19 +21,34 @@ def test_a_setting_of_another_service_is_no_error(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "sentence"),
+    ("kind", "name", "value", "sentence"),
     [
-        ("PDSERVE_HTPP_PORT", "1", "PDSERVE_HTPP_PORT is no setting of pdserve: did you mean PDSERVE_HTTP_PORT"),
-        ("PDSERVE_HTTP_PORT", "many", "PDSERVE_HTTP_PORT='many' cannot be used: .*integer"),
-        ("PDSERVE_HTTP_PORT", "70000", "less than or equal to 65535"),
-        ("PDSERVE_HEARTBEAT_S", "-1", "PDSERVE_HEARTBEAT_S='-1' cannot be used"),
-        ("PDSERVE_GROUP", "a b", "PDSERVE_GROUP='a b' cannot be used"),
+        (
+            GatewaySettings,
+            "PDSERVE_HTPP_PORT",
+            "1",
+            "PDSERVE_HTPP_PORT is no setting of pdserve: did you mean PDSERVE_HTTP_PORT",
+        ),
+        (GatewaySettings, "PDSERVE_HTTP_PORT", "many", "PDSERVE_HTTP_PORT='many' cannot be used: .*integer"),
+        (GatewaySettings, "PDSERVE_HTTP_PORT", "70000", "less than or equal to 65535"),
+        (GatewaySettings, "PDSERVE_HEARTBEAT_S", "-1", "PDSERVE_HEARTBEAT_S='-1' cannot be used"),
+        (InstanceSettings, "PDSERVE_GROUP", "a b", "PDSERVE_GROUP='a b' cannot be used"),
+        (InstanceSettings, "PDSERVE_ROLE", "both", "PDSERVE_ROLE='both' cannot be used: .*'spare'"),
+        (ControllerSettings, "PDSERVE_CONTROL", "on", "PDSERVE_CONTROL='on' cannot be used: .*'advise'"),
     ],
 )
-def test_a_wrong_one_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str) -> None:
+def test_a_wrong_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Settings], name: str, value: str, sentence: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsInvalid, match=sentence):
-        settings.load(GatewaySettings)
+        settings.load(kind)
+
+
+def test_a_group_is_the_wish_of_an_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_GROUP", "chat-2")
+    assert settings.load(InstanceSettings).group == "chat-2"
+    assert not hasattr(settings.load(GatewaySettings), "group")
 
 
 def test_they_are_frozen() -> None:

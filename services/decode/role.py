@@ -5,13 +5,14 @@ which there is none then waits, out of the engine, until there is; so that there
 up: its gateway takes it, with all its tokens, to where there is room.
 """
 
+import asyncio
 from collections import defaultdict
 from dataclasses import replace
 
 from opentelemetry import trace
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, DecodeRequest, KVLease, OutputToken
+from shared.bus.messages import Answer, DecodeRequest, KVLease, Moved, OutputToken
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import InstanceFailed, TransferFailed
 from shared.instance.outbox import output_token
@@ -23,9 +24,11 @@ from shared.telemetry import tracing
 
 class DecodeRole(Role):
     verb = "decode"
+    can_move = True
 
     def __init__(self, parts: InstanceParts) -> None:
         super().__init__(parts, step_tokens=parts.settings.decode_reserve_tokens)
+        self._moves = False
         self._fetcher = KVFetcher(parts.loaded.layout, parts.settings.stall_timeout_s)
 
     @property
@@ -42,7 +45,10 @@ class DecodeRole(Role):
         if not isinstance(room, Room):
             return Answer(accepted=False, reason=room)
         held = self.hold(request, room, incoming, num_to_generate)
-        held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
+        if request.lease is None:
+            self._compute(held)
+        else:
+            held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
         return Answer(accepted=True)
 
     def _room(self, request: DecodeRequest, num_to_generate: int) -> Room:
@@ -60,7 +66,7 @@ class DecodeRole(Role):
             held = self.holding(token.request_id)
             if held is None:
                 continue
-            by_gateway[held.gateway_id].append(output_token(token))
+            by_gateway[held.gateway_id].append(_told(token, held))
             held.span.set_attribute(tracing.NUM_OUTPUT_TOKENS, token.index + 1)
             if not token.last:
                 continue
@@ -69,13 +75,44 @@ class DecodeRole(Role):
                 growing.append(held)
             else:
                 self.end(held)
-        for held in growing:
-            self._want_room(held)
+        if not self._moves:
+            for held in growing:
+                self._want_room(held)
         for gateway_id, for_gateway in by_gateway.items():
             await self.parts.outbox.tokens(gateway_id, for_gateway)
         if growing:
             # Only now: who is given up is told so behind its last token.
             self.room_came_free()
+
+    async def move_all(self) -> None:
+        """Takes every request out of the batch and keeps its KV for another decode instance to fetch."""
+        self._moves = True
+        moving = [held for held in self._held.values() if held.lease_id is None and not held.ending]
+        transfers = [held.transfer for held in moving if held.transfer is not None]
+        if transfers:
+            await asyncio.wait(transfers)
+        await self.parts.runner.remove([held.request_id for held in moving])
+        await self.parts.told()
+        for held in moving:
+            if not held.ending and held.lease_id is None:
+                await self._move(held)
+
+    async def _move(self, held: Held) -> None:
+        held.in_engine = False
+        if held.computes_prompt:
+            self.end(held, InstanceFailed("this instance changes its role, and has not prefilled yet"), counts=False)
+            return
+        held.reservation.wanted_blocks = None
+        held.reservation.max_blocks = len(held.reservation.allocation.blocks)
+        held.span.add_event("moved")
+        event = Moved(instance_id=self.parts.instance_id, request_id=held.request_id, lease=self.lease(held))
+        await self.parts.outbox.moved(held.gateway_id, event)
+
+    def _compute(self, held: Held) -> None:
+        """A prompt so short that handing its KV over would take longer: the engine prefills it beside its decodes."""
+        held.computes_prompt = True
+        held.in_engine = True
+        self.parts.runner.add(held.sequence)
 
     async def _begin(self, held: Held, lease: KVLease) -> None:
         """Fetches the KV that is not here, then joins the running batch."""
@@ -116,6 +153,8 @@ class DecodeRole(Role):
 
     def room_came_free(self) -> None:
         """Requests that wait go on where there is room now; where there is not, the youngest of all is given up."""
+        if self._moves:
+            return
         for reservation in self.reservations.grow():
             self._go_on(self._held[reservation.request_id])
         victim = self.reservations.victim()
@@ -133,3 +172,12 @@ class DecodeRole(Role):
         )
         held.in_engine = True
         self.parts.runner.add(held.sequence)
+
+
+def _told(token: NewToken, held: Held) -> OutputToken:
+    """The token as it travels; the first of a prompt that was computed here says how much of it was cached."""
+    told = output_token(token)
+    if not held.computes_prompt:
+        return told
+    held.computes_prompt = False
+    return told.model_copy(update={"num_cached_tokens": held.sequence.num_cached_tokens})

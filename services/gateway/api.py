@@ -8,7 +8,7 @@ from typing import Protocol
 from opentelemetry.trace import Tracer
 
 from services.gateway.metrics import GatewayMetrics
-from shared.bus.messages import OutputToken
+from shared.bus.messages import OutputToken, Priority
 from shared.errors import ModelNotFound
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
@@ -16,16 +16,26 @@ from shared.text.tokenizer import Tokenizer
 
 
 class FirstToken(OutputToken):
-    """The first token of a request, and how many tokens of its prompt were found in a prefix cache."""
+    """The first token of a request, how many tokens of its prompt were found in a prefix cache, and which scenario's
+    group served it.
+    """
 
     num_cached_tokens: int
+    scenario: str = "default"
 
 
 class Core(Protocol):
     """Generates tokens somewhere."""
 
     def generate(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        deadline: float,
+        scenario: str | None = None,
+        priority: Priority = "interactive",
     ) -> AsyncGenerator[OutputToken, None]:
         """The request's tokens as they come: a FirstToken first; the last one, and only that, has a finish reason.
 

@@ -1,8 +1,9 @@
-"""The line in which requests wait for a slot of one role: first come, first served, after those whose stream has begun.
+"""The line in which requests wait for a slot of one role of one group: first those whose stream has begun, then
+interactive ones, then batch ones, each in the order of their deadlines.
 
 Only the head of the line asks: one candidate after another, until one accepts. When all refuse it waits for a hint that
 a slot may be free, or a moment, and asks again. So a full system hears a few questions at a time, however long the line
-is.
+is. P/D-Serve (arXiv 2408.08147, 3.4) calls it on-demand forwarding. A request that no instance suits stands aside.
 """
 
 import asyncio
@@ -10,14 +11,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.gateway import policy
-from services.gateway.turn import Turn
+from services.gateway.turn import Rank, Turn
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest
-from shared.errors import RETRY_AFTER_S, InstanceFailed, NoInstance, Overloaded, PeerUnavailable
+from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest, RefusalReason
+from shared.errors import RETRY_AFTER_S, InstanceFailed, NoInstance, Overloaded, PDServeError, PeerUnavailable
 from shared.registry.records import InstanceRecord, Role
 from shared.settings import GatewaySettings
 
@@ -44,6 +45,9 @@ class Wish:
         deadline: the whole request's (Unix seconds), which the instance is told.
         has_begun: its client has tokens already. It is served before newcomers, is never refused for the length of the
             line, and waits for an instance as long as it may.
+        is_batch: it is served after all that are not.
+        matched: the share (0 .. 1) of its tokens that an instance has, by instance id.
+        elsewhere: whether it can be served in another line, and not in this one.
     """
 
     request_for: Callable[[InstanceRecord], PrefillRequest | DecodeRequest]
@@ -52,6 +56,22 @@ class Wish:
     until: float
     deadline: float
     has_begun: bool
+    is_batch: bool = False
+    matched: Mapping[str, float] = field(default_factory=dict)
+    elsewhere: Callable[[], bool] = lambda: False
+
+    @property
+    def rank(self) -> Rank:
+        """The earliest deadline first, of those that matter alike."""
+        return (0 if self.has_begun else 2 if self.is_batch else 1, self.until)
+
+
+class TooLate(PDServeError):
+    """Every instance says that it cannot be in time, and waiting makes it no better."""
+
+
+class NobodyHere(PDServeError):
+    """All that could accept have left, and there are others elsewhere."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -60,6 +80,14 @@ class Accepted:
 
     instance: InstanceRecord
     num_refusals: int
+
+
+@dataclass(slots=True)
+class _Asking:
+    """How often a request was refused, and since when (monotonic seconds) no instance suits it, if that is so."""
+
+    num_refusals: int = 0
+    alone_since: float | None = None
 
 
 class Line:
@@ -83,8 +111,6 @@ class Line:
         self._avoided: dict[str, tuple[float, float]] = {}
         """By id: until when (monotonic), and for how long in all."""
         self._tie = random.Random()
-        self._seen_at = 0.0
-        """When an instance that suited whoever asked was last there."""
         self.num_waiting = 0
 
     def hint(self) -> None:
@@ -96,6 +122,8 @@ class Line:
 
         Raises:
             TimeoutError: none accepted in time.
+            TooLate: none would be in time.
+            NobodyHere: none is there, but elsewhere.
             NoInstance: for a while no instance that suits has been there at all.
             Overloaded: the line is too long already.
         """
@@ -105,41 +133,69 @@ class Line:
                 retry_after_s=RETRY_AFTER_S,
             )
         self.num_waiting += 1
-        joined_at = time.monotonic()
+        asking = _Asking()
         try:
-            async with asyncio.timeout(wish.until - time.time()), self._turn.of(0 if wish.has_begun else 1):
-                return await self._ask_until_accepted(wish, joined_at)
+            async with asyncio.timeout(wish.until - time.time()):
+                while True:
+                    async with self._turn.of(wish.rank):
+                        accepted = await self._ask_while_first(wish, asking)
+                    if accepted is not None:
+                        return accepted
+                    if asking.alone_since is not None:
+                        await self._wait_for_hint(ASK_AGAIN_AT_MOST_S)
         finally:
             self.num_waiting -= 1
 
-    async def _ask_until_accepted(self, wish: Wish, joined_at: float) -> Accepted:
-        num_refusals = 0
+    async def _ask_while_first(self, wish: Wish, asking: "_Asking") -> Accepted | None:
+        """Asks until an instance accepts. None when somebody has come who is to be served before, or no instance suits:
+        one may suit those behind.
+        """
         pause_s = ASK_AGAIN_S
         while True:
             self._hint.clear()
             present = [one for one in self._ready(self._role) if wish.suits(one)]
-            self._refuse_if_nobody_is_there(present, wish, joined_at)
-            for instance in policy.order(filter(self._is_answering, present), self._num_open(), self._tie):
-                if await self._ask(instance, wish):
-                    return Accepted(instance, num_refusals)
-                num_refusals += 1
+            if not present:
+                self._refuse_if_nobody_comes(wish, asking)
+                return None
+            asking.alone_since = None
+            accepted = await self._ask_each(present, wish, asking)
+            if accepted is not None:
+                return accepted
             hinted = await self._wait_for_hint(pause_s)
             pause_s = ASK_AGAIN_S if hinted else min(2 * pause_s, ASK_AGAIN_AT_MOST_S)
+            if self._turn.is_wanted_before(wish.rank):
+                return None
 
-    def _refuse_if_nobody_is_there(self, present: list[InstanceRecord], wish: Wish, joined_at: float) -> None:
+    async def _ask_each(self, present: list[InstanceRecord], wish: Wish, asking: "_Asking") -> Accepted | None:
+        reasons: list[RefusalReason | None] = []
+        candidates = policy.order(filter(self._is_answering, present), self._num_open(), self._tie, wish.matched)
+        for instance in candidates:
+            answer = await self._ask(instance, wish)
+            if answer is not None and answer.accepted:
+                return Accepted(instance, asking.num_refusals)
+            asking.num_refusals += 1
+            reasons.append(answer.reason if answer is not None else None)
+        if reasons and all(reason == "no_time" for reason in reasons):
+            raise TooLate(f"all {len(reasons)} {self._role} instances would be too late")
+        return None
+
+    def _refuse_if_nobody_comes(self, wish: Wish, asking: "_Asking") -> None:
+        if wish.elsewhere():
+            raise NobodyHere(f"no {self._role} instance is left that can serve this request")
         now = time.monotonic()
-        if present:
-            self._seen_at = now
-        elif not wish.has_begun and now - max(joined_at, self._seen_at) > self._settings.instance_wait_s:
+        if asking.alone_since is None:
+            asking.alone_since = now
+        if not wish.has_begun and now - asking.alone_since > self._settings.instance_wait_s:
             raise NoInstance(
                 f"no {self._role} instance is there that can serve this request: try again", retry_after_s=RETRY_AFTER_S
             )
 
-    async def _ask(self, instance: InstanceRecord, wish: Wish) -> bool:
-        """Whether the instance accepts. One that gave no answer in time may have accepted: it is told to cancel."""
+    async def _ask(self, instance: InstanceRecord, wish: Wish) -> Answer | None:
+        """What the instance says. One that gave no answer in time may have accepted: it is told to cancel."""
         subject = subjects.instance(instance.id, self._role)
         request = wish.request_for(instance)
         timeout_s = self._settings.answer_timeout_s
+        held_before = instance.id in wish.holders
         wish.holders.add(instance.id)
         try:
             answer = await self._bus.request(subject, request, Answer, timeout_s=timeout_s, deadline=wish.deadline)
@@ -149,13 +205,13 @@ class Line:
             wish.holders.discard(instance.id)
             cancel = Cancel(request_ids=[request.request_id])
             await self._bus.publish(subjects.instance(instance.id, "cancel"), cancel)
-            return False
+            return None
         self._avoided.pop(instance.id, None)
-        if not answer.accepted:
+        if not answer.accepted and not held_before:
             wish.holders.discard(instance.id)
         if answer.reason == "invalid":
             raise InstanceFailed(f"{instance.id} cannot read this request: do gateway and instances run one version?")
-        return answer.accepted
+        return answer
 
     def _avoid(self, instance_id: str) -> None:
         _, before_s = self._avoided.get(instance_id, (0.0, AVOID_S / 2))

@@ -12,13 +12,9 @@ class GatewayMetrics:
 
     TTFT and E2E are of each choice, from the arrival of its request at this gateway; ITL is between two tokens of a
     choice, and TPOT its mean. `code` is `ok` or the code of a RequestError (`shared/errors.py`).
-
-    Args:
-        scenario: what this gateway's requests have in common: the name of its group, which serves one scenario.
     """
 
-    def __init__(self, scenario: str = "default") -> None:
-        self._scenario = scenario
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "pdserve_requests", "Requests ended, by outcome.", ["endpoint", "code"], registry=self.registry
@@ -60,10 +56,10 @@ class GatewayMetrics:
             registry=self.registry,
         )
 
-    def count_cached(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """A prompt has been computed, except for what was cached."""
-        self._cache_queries.labels(self._scenario).inc(num_prompt_tokens)
-        self._cache_hits.labels(self._scenario).inc(num_cached_tokens)
+    def count_cached(self, scenario: str, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """A prompt has been computed by a group of this scenario, except for what was cached."""
+        self._cache_queries.labels(scenario).inc(num_prompt_tokens)
+        self._cache_hits.labels(scenario).inc(num_cached_tokens)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""

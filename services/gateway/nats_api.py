@@ -184,7 +184,14 @@ class NatsApi:
         prompt_token_ids, sampling = await self._read(request)
         num_tokens = num_cached_tokens = 0
         finish_reason: FinishReason | None = None
-        tokens = self._api.core.generate(prompt_token_ids, sampling, request_id=answering.key, deadline=deadline)
+        tokens = self._api.core.generate(
+            prompt_token_ids,
+            sampling,
+            request_id=answering.key,
+            deadline=deadline,
+            scenario=request.scenario,
+            priority=request.priority,
+        )
         deltas = complete(
             tokens,
             detokenizer=self._api.tokenizer.detokenizer(prompt_token_ids),
@@ -197,7 +204,6 @@ class NatsApi:
                 num_tokens += len(delta.token_ids)
                 if delta.num_cached_tokens is not None:
                     num_cached_tokens = delta.num_cached_tokens
-                    self._api.metrics.count_cached(len(prompt_token_ids), num_cached_tokens)
                 finish_reason = delta.finish_reason
                 chunk = GenerateChunk(
                     id=answering.id,

@@ -2,20 +2,35 @@
 
 import random
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from shared.registry.records import InstanceRecord
 
+PREFIX_WEIGHT = 2.0
+"""By how many open streams an instance that has the whole prompt may be ahead and still be asked first."""
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
 
 def order(
-    candidates: Iterable[InstanceRecord], num_open: Mapping[str, int], tie: random.Random
+    candidates: Iterable[InstanceRecord],
+    num_open: Mapping[str, int],
+    tie: random.Random,
+    matched: Mapping[str, float] = _NOTHING,
 ) -> list[InstanceRecord]:
-    """Candidates in the order in which to ask them: fewest open streams first, ties broken at random.
+    """Candidates in the order in which to ask them: fewest open streams first, less what they need not compute again;
+    ties broken at random.
 
     Args:
         num_open: this gateway's open streams, by instance id.
         tie: several gateways that see the same should not ask the same instance first.
+        matched: the share (0 .. 1) of the prompt that an instance has in its cache, by instance id.
     """
-    return sorted(candidates, key=lambda one: (num_open.get(one.id, 0), tie.random()))
+
+    def cost(one: InstanceRecord) -> float:
+        return num_open.get(one.id, 0) - PREFIX_WEIGHT * matched.get(one.id, 0.0)
+
+    return sorted(candidates, key=lambda one: (cost(one), tie.random()))
 
 
 def can_decode(fingerprint: str | None, num_tokens: int, instance: InstanceRecord) -> bool:

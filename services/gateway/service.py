@@ -6,15 +6,14 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 
 import uvicorn
 
 from services.gateway import policy
-from services.gateway.api import ApiContext
+from services.gateway.api import ApiContext, FirstToken
 from services.gateway.generation import Generator
-from services.gateway.instances import Instances
-from services.gateway.line import Line
+from services.gateway.groups import Group, Groups
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.nats_api import NatsApi
 from services.gateway.openai.app import create_app
@@ -23,7 +22,7 @@ from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import OutputToken
+from shared.bus.messages import Free, OutputToken, Priority
 from shared.errors import RequestError, SettingsInvalid
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
@@ -64,52 +63,79 @@ class Gateway:
         self._records = records
         self._started_at = time.time()
         self._streams = Streams(bus, gateway_id)
-        self._instances = Instances(
-            records, settings.group, settings.served_model_name, settings.heartbeat_late_s, self._streams.lose
+        self._groups = Groups(settings, records, bus, self._streams.num_open, self._streams.lose)
+        self._generator = Generator(
+            settings,
+            bus,
+            self._streams,
+            self._groups.of,
+            lambda: self._groups.scenarios if self._groups.finds_scenarios else None,
         )
-        ready = self._instances.ready
-        self._prefill_line = Line(bus, "prefill", ready, self._streams.num_open, settings)
-        self._decode_line = Line(bus, "decode", ready, self._streams.num_open, settings)
-        self._generator = Generator(settings, bus, self._streams, ready, self._prefill_line, self._decode_line)
+        self._metrics = GatewayMetrics()
         self._api = ApiContext(
             core=self,
             tokenizer=tokenizer,
             served_model_name=settings.served_model_name,
-            metrics=GatewayMetrics(settings.group),
+            metrics=self._metrics,
             api_keys=settings.api_key_set,
             max_body_bytes=settings.max_body_bytes,
             request_timeout_s=settings.request_timeout_s,
         )
 
-    def generate(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        deadline: float,
+        scenario: str | None = None,
+        priority: Priority = "interactive",
     ) -> AsyncGenerator[OutputToken, None]:
-        return self._generator.generate(prompt_token_ids, sampling, request_id=request_id, deadline=deadline)
+        tokens = self._generator.generate(
+            prompt_token_ids,
+            sampling,
+            request_id=request_id,
+            deadline=deadline,
+            scenario=scenario,
+            priority=priority,
+        )
+        async with aclosing(tokens):
+            async for token in tokens:
+                if isinstance(token, FirstToken):
+                    self._metrics.count_cached(token.scenario, len(prompt_token_ids), token.num_cached_tokens)
+                yield token
 
     def max_model_len(self) -> int:
-        return self._instances.max_model_len() or self._tokenizer.max_model_len
+        return self._groups.max_model_len() or self._tokenizer.max_model_len
 
     def not_ready(self) -> str | None:
         if not self._bus.connected:
             return "the connection to NATS is lost"
-        prefills, decoders = self._instances.ready("prefill"), self._instances.ready("decode")
+        prefills, decoders = self._groups.ready("prefill"), self._groups.ready("decode")
         missing = [role for role, found in (("prefill", prefills), ("decode", decoders)) if not found]
         if missing:
             return f"no {' and no '.join(missing)} instance of {self._settings.served_model_name} is ready"
-        if not any(policy.can_prefill(None, 0, decoders, one) for one in prefills):
-            return "no decode instance has the weights, dtype and KV layout of a prefill instance"
+        if not any(self._can_serve(group) for group in self._groups.all()):
+            return "no decode instance has the weights, dtype and KV layout of a prefill instance of its group"
         return None
+
+    def _can_serve(self, group: Group) -> bool:
+        decoders = group.ready("decode")
+        return any(policy.can_prefill(None, 0, decoders, one) for one in group.ready("prefill"))
 
     async def run(self, lifetime: Lifetime) -> None:
         """Serves until the lifetime ends, then drains."""
         settings = self._settings
-        await self._instances.read()
+        await self._groups.read()
         async with asyncio.TaskGroup() as tasks:
             nats_api = NatsApi(self._api, self._bus, self._id, tasks)
             self._nats_api = nats_api
             self._bus.on_reconnect(self._streams.bus_came_back)
-            watching = tasks.create_task(self._instances.watch())
+            watching = tasks.create_task(self._groups.watch())
             await self._bus.subscribe(subjects.gateway(self._id, ">"), self._on_message)
+            await self._bus.subscribe(subjects.map_of("*"), self._groups.on_map)
+            await self._bus.subscribe(subjects.CHANGED, self._groups.on_changed)
             await nats_api.subscribe()
             server = _Server(_uvicorn_config(settings, self._api))
             serving = tasks.create_task(_serve_http(server, settings, lifetime))
@@ -133,15 +159,23 @@ class Gateway:
             started_at=self._started_at,
             heartbeat=heartbeat,
             address=f"http://{advertised(self._settings.http_host)}:{self._settings.http_port}",
-            group=self._settings.group,
             open_requests=len(self._streams),
-            waiting_requests=self._prefill_line.num_waiting,
+            waiting_requests=sum(group.prefill_line.num_waiting for group in self._groups.all()),
+            traffic={group.name: group.traffic() for group in self._groups.all()},
+            labels=self._groups.scenarios.traffic(),
         )
+
+    def _on_free(self, free: Free) -> None:
+        group = self._groups.named(free.group)
+        if group is not None:
+            group.line(free.role).hint()
 
     async def _on_message(self, incoming: Incoming) -> None:
         verb, key = subjects.verb_and_key(incoming.subject)
         try:
-            if verb == "gone" and incoming.nobody_listens:
+            if verb == "free":
+                self._on_free(incoming.parse(Free))
+            elif verb == "gone" and incoming.nobody_listens:
                 self._nats_api.nobody_heard(key)
             else:
                 await self._streams.on_message(verb, incoming)

@@ -5,10 +5,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Cancel, Failed, OutputToken, Prefilled, StepTokens
+from shared.bus.messages import Cancel, Failed, Moved, OutputToken, Prefilled, StepTokens
 from shared.errors import DeadlineExceeded, PDServeError
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,17 @@ class AttemptFailed(PDServeError):
         self.counts = counts
 
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A token, and who generated it."""
+
+    instance_id: str
+    token: OutputToken
+
+
+Event = Prefilled | Decoded | Moved
+
+
 class Stream:
     """The events of one attempt at a request, in order."""
 
@@ -29,9 +41,9 @@ class Stream:
         self.request_id = request_id
         self.holders: set[str] = set()
         """Instances that hold something of the request, or may: they are heard, missed if lost, told to cancel."""
-        self._events: asyncio.Queue[Prefilled | OutputToken | Exception] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
-    def put(self, event: Prefilled | OutputToken | Exception) -> None:
+    def put(self, event: Event | Exception) -> None:
         self._events.put_nowait(event)
 
     async def prefilled(self, timeout_s: float) -> Prefilled:
@@ -41,14 +53,14 @@ class Stream:
             raise AttemptFailed("a token of decode came where the end of prefill was due")
         return event
 
-    async def token(self, timeout_s: float) -> OutputToken:
-        """The next token of decode. Raises likewise."""
+    async def token_or_move(self, timeout_s: float) -> Decoded | Moved:
+        """The next token of decode, or where to go on. Raises likewise."""
         event = await self._next(timeout_s)
-        if not isinstance(event, OutputToken):
+        if isinstance(event, Prefilled):
             raise AttemptFailed("the end of prefill came where a token of decode was due")
         return event
 
-    async def _next(self, timeout_s: float) -> Prefilled | OutputToken:
+    async def _next(self, timeout_s: float) -> Event:
         try:
             async with asyncio.timeout(timeout_s):
                 event = await self._events.get()
@@ -88,7 +100,9 @@ class Streams:
         if verb == "tokens":
             step = incoming.parse(StepTokens)
             strangers = [
-                token.request_id for token in step.tokens if not self._give(step.instance_id, token.request_id, token)
+                token.request_id
+                for token in step.tokens
+                if not self._give(step.instance_id, token.request_id, Decoded(step.instance_id, token))
             ]
             await self._cancel(step.instance_id, strangers)
         elif verb == "prefilled":
@@ -96,6 +110,10 @@ class Streams:
             request_id = prefilled.token.request_id
             if not self._give(prefilled.instance_id, request_id, prefilled) and prefilled.lease is not None:
                 await self._cancel(prefilled.instance_id, [request_id])
+        elif verb == "moved":
+            moved = incoming.parse(Moved)
+            if not self._give(moved.instance_id, moved.request_id, moved):
+                await self._cancel(moved.instance_id, [moved.request_id])
         elif verb == "failed":
             failed = incoming.parse(Failed)
             self._give(failed.instance_id, failed.request_id, _as_exception(failed))
@@ -112,7 +130,7 @@ class Streams:
             if stream.holders:
                 stream.put(AttemptFailed("the connection to the bus was lost for a while", counts=False))
 
-    def _give(self, instance_id: str, request_id: str, event: Prefilled | OutputToken | Exception) -> bool:
+    def _give(self, instance_id: str, request_id: str, event: Event | Exception) -> bool:
         """Whether the stream is open and the instance one that may speak to it: what others say came too late."""
         stream = self._streams.get(request_id)
         if stream is None or instance_id not in stream.holders:

@@ -6,17 +6,24 @@ from contextlib import asynccontextmanager
 from heapq import heappop, heappush
 from itertools import count
 
+Rank = tuple[int, float]
+
 
 class Turn:
     """One at a time has it."""
 
     def __init__(self) -> None:
         self._taken = False
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
         self._numbers = count()
 
+    def is_wanted_before(self, rank: Rank) -> bool:
+        """Whether somebody of a lower rank waits."""
+        self._drop_done()
+        return bool(self._waiting) and self._waiting[0][0] < rank
+
     @asynccontextmanager
-    async def of(self, rank: int) -> AsyncIterator[None]:
+    async def of(self, rank: Rank) -> AsyncIterator[None]:
         """Waits for the turn, and has it while the block lasts."""
         await self._take(rank)
         try:
@@ -24,7 +31,7 @@ class Turn:
         finally:
             self._pass_on()
 
-    async def _take(self, rank: int) -> None:
+    async def _take(self, rank: Rank) -> None:
         if not self._taken:
             self._taken = True
             return
@@ -38,9 +45,13 @@ class Turn:
             raise
 
     def _pass_on(self) -> None:
-        while self._waiting:
+        self._drop_done()
+        if self._waiting:
             _, _, given = heappop(self._waiting)
-            if not given.done():
-                given.set_result(None)
-                return
-        self._taken = False
+            given.set_result(None)
+        else:
+            self._taken = False
+
+    def _drop_done(self) -> None:
+        while self._waiting and self._waiting[0][2].done():
+            heappop(self._waiting)

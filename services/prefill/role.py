@@ -4,21 +4,24 @@ A slot is held from acceptance until the KV is fetched, so that slow decoding sh
 on-demand forwarding), and there is no queue in which a request could be stuck.
 """
 
-import secrets
 import time
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, KVLease, Prefilled, PrefillRequest
+from shared.bus.messages import Answer, InstanceRequest, Prefilled, PrefillRequest, RefusalReason
 from shared.engine.sequence import NewToken
 from shared.instance.outbox import output_token
+from shared.instance.pace import Pace
 from shared.instance.reservations import Room
-from shared.instance.role import Held, Role
-from shared.kv.holder import Lease
+from shared.instance.role import Held, InstanceParts, Role
 from shared.telemetry import tracing
 
 
 class PrefillRole(Role):
     verb = "prefill"
+
+    def __init__(self, parts: InstanceParts) -> None:
+        super().__init__(parts)
+        self._pace = Pace()
 
     @property
     def slots_total(self) -> int:
@@ -40,6 +43,15 @@ class PrefillRole(Role):
         num_blocks = self.parts.loaded.layout.num_blocks(len(request.token_ids))
         return Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
 
+    def lateness(self, request: InstanceRequest, room: Room) -> RefusalReason | None:
+        """Prompts are computed one after another: this one when all that are here are done."""
+        if not isinstance(request, PrefillRequest) or request.first_token_by is None:
+            return None
+        num_cached = len(room.match.blocks) * self.parts.loaded.layout.block_size
+        num_tokens = len(request.token_ids) - num_cached + self.num_uncomputed_tokens
+        done_at = time.time() + self._pace.seconds(num_tokens, self.parts.work())
+        return "no_time" if done_at > request.first_token_by else None
+
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         for token in tokens:
             held = self.holding(token.request_id)
@@ -51,7 +63,7 @@ class PrefillRole(Role):
         held.in_engine = False
         held.span.add_event("first token")
         held.span.set_attribute(tracing.NUM_CACHED_TOKENS, held.sequence.num_cached_tokens)
-        lease = self._lease(held) if token.finish_reason is None else None
+        lease = self.lease(held) if token.finish_reason is None else None
         event = Prefilled(
             instance_id=self.parts.instance_id,
             token=output_token(token),
@@ -61,31 +73,3 @@ class PrefillRole(Role):
         await self.parts.outbox.prefilled(held.gateway_id, event)
         if lease is None:
             self.end(held)
-
-    def _lease(self, held: Held) -> KVLease:
-        parts = self.parts
-        layout = parts.loaded.layout
-        num_tokens = held.sequence.num_computed_tokens
-        num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
-        held.lease_id = secrets.token_urlsafe(16)
-        lease = Lease(
-            lease_id=held.lease_id,
-            num_tokens=num_tokens,
-            num_bytes=num_bytes,
-            export=lambda skip_blocks: parts.staging.export(
-                held.sequence.blocks[skip_blocks:], num_bytes - skip_blocks * layout.block_bytes
-            ),
-            expires_at=min(held.deadline, time.time() + parts.settings.lease_s),
-            let_go=lambda fetched: self.forget(held),
-        )
-        held.span.set_attribute(tracing.KV_BYTES, num_bytes)
-        parts.holder.hold(lease)
-        return KVLease(
-            lease_id=lease.lease_id,
-            instance_id=parts.instance_id,
-            host=parts.holder.host,
-            port=parts.holder.port,
-            num_tokens=num_tokens,
-            num_bytes=num_bytes,
-            expires_at=lease.expires_at,
-        )

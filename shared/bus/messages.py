@@ -9,13 +9,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import ErrorBody
-from shared.registry.records import GatewayRecord, InstanceRecord
+from shared.registry.records import GatewayRecord, InstanceRecord, Role
 from shared.sampling import FinishReason, SamplingParams
 
 RefusalReason = Literal[
     "no_slot",
     "no_blocks",
     "too_long",
+    "no_time",
     "draining",
     "wrong_role",
     "wrong_epoch",
@@ -61,6 +62,8 @@ class InstanceRequest(Message):
     num_prompt_tokens: Annotated[int, Field(ge=1)]
     sampling: SamplingParams
     arrived_at: float = 0.0
+    is_canary: bool = False
+    """A controller's few tokens, which are taken though all slots are: an instance joins just when others are full."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
@@ -73,17 +76,25 @@ class InstanceRequest(Message):
 
 
 class PrefillRequest(InstanceRequest):
-    """Gateway to prefill instance: compute the KV of `token_ids` and the next token."""
+    """Gateway to prefill instance: compute the KV of `token_ids` and the next token.
+
+    An instance that expects to be later than `first_token_by` (Unix seconds; None: whenever) refuses with `no_time`.
+    """
+
+    first_token_by: float | None = None
 
 
 class DecodeRequest(InstanceRequest):
-    """Gateway to decode instance: fetch the KV under `lease` and go on from `token_ids`, whose last has no KV yet."""
+    """Gateway to decode instance: fetch the KV under `lease` and go on from `token_ids`, whose last has no KV yet.
 
-    lease: KVLease
+    Without a lease the instance computes the KV itself.
+    """
+
+    lease: KVLease | None = None
 
     @model_validator(mode="after")
     def _lease_fits(self) -> Self:
-        if self.lease.num_tokens != len(self.token_ids) - 1:
+        if self.lease is not None and self.lease.num_tokens != len(self.token_ids) - 1:
             raise ValueError(f"the lease has {self.lease.num_tokens} tokens, but {len(self.token_ids) - 1} are due")
         return self
 
@@ -121,6 +132,8 @@ class OutputToken(Message):
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int | None = None
+    """With the first token of a request that the decode instance has prefilled itself: as in `Prefilled`."""
 
 
 class Prefilled(Message):
@@ -133,6 +146,25 @@ class Prefilled(Message):
     token: OutputToken
     lease: KVLease | None
     num_cached_tokens: int = 0
+
+
+class Moved(Message):
+    """Decode instance to gateway (`moved`): it changes its role, and the request's KV waits for another to fetch it.
+
+    All its tokens so far have been sent before.
+    """
+
+    instance_id: str
+    request_id: str
+    lease: KVLease
+
+
+class Free(Message):
+    """Instance to a gateway that it has refused (`free`): it has room again."""
+
+    instance_id: str
+    group: str
+    role: Role
 
 
 class StepTokens(Message):
@@ -152,14 +184,96 @@ class Failed(Message):
     """Whether it speaks against trying again for ever; not where the instance merely ends, or is short of room."""
 
 
+OrderRefusal = Literal["old_term", "old_epoch", "busy", "draining"]
+
+
+class Assign(Message):
+    """The leading controller's order to an instance (`assign`): be this role in this group, under this epoch.
+
+    Without a role it becomes a spare. Answered at once by `Assigned`; how it goes on shows in the instance's record.
+    `peers` are KV addresses that it connects to before it is ready.
+    """
+
+    term: int
+    epoch: int
+    role: Role | None
+    group: str | None
+    model: str | None = None
+    """A folder or hub id to load first; None keeps the model that it has."""
+    peers: list[tuple[str, int]] = Field(default_factory=list)
+    patience_s: float | None = None
+    """How long requests may take to end before they move; None is as the instance's settings say."""
+
+
+class Assigned(Message):
+    """An instance's answer to an order: it follows, or the reason why not."""
+
+    accepted: bool
+    reason: OrderRefusal | None = None
+
+
+class Provision(Message):
+    """The leading controller to whoever can start instances (`provision`): start so many spares, end these processes.
+
+    Answered by `Provisioned`.
+    """
+
+    start: int = 0
+    end: list[tuple[str, int]] = Field(default_factory=list)
+    """Hosts and process ids of instances that were started on demand."""
+
+
+class Provisioned(Message):
+    """How many spares are being started, and how many more could be."""
+
+    started: int
+    room: int
+
+
+class AdminRequest(Message):
+    """An operator's wish to the leading controller (`admin.<verb>`): `flip` (instance, role, group), `drain`
+    (instance), `control` (control), `upgrade` (model), `pause`, `resume`, `abort`.
+    """
+
+    key: str = ""
+    instance: str | None = None
+    role: Role | None = None
+    group: str | None = None
+    model: str | None = None
+    control: Literal["auto", "advise", "off"] | None = None
+
+
+class AdminAnswer(Message):
+    """What became of the wish, in a sentence."""
+
+    ok: bool
+    message: str
+
+
 class GroupStatus(Message):
-    """A group as the controller sees it; instances by id."""
+    """A group as the controller sees it; instances by id. `late` ones are in its map, and their hearts do not beat."""
 
     name: str
+    scenario: str
     model: str | None
     prefill: list[str]
     decode: list[str]
     late: list[str]
+    map_version: int = 0
+    waiting: int = 0
+    open: int = 0
+    load: dict[str, float | None] = Field(default_factory=dict)
+    """What the controller has measured over its last window, by the names of `GroupLoad`."""
+
+
+class DecisionStatus(BaseModel):
+    """One decision of the controller, when (Unix seconds), and why. `outcome` is empty while it is under way."""
+
+    at: float
+    group: str
+    what: str
+    why: str
+    outcome: str = ""
 
 
 class InstanceStatus(InstanceRecord):
@@ -174,9 +288,16 @@ class Status(Message):
 
     version: str
     controller: str
+    """Who answers, with its process id; `leader` is who leads."""
+    pid: int = 0
+    leader: str | None = None
+    control: str = "auto"
     groups: list[GroupStatus]
     instances: list[InstanceStatus]
     gateways: list[GatewayRecord]
+    decisions: list[DecisionStatus] = Field(default_factory=list)
+    upgrade: str | None = None
+    """How far an upgrade is."""
 
 
 class ApiMessage(BaseModel):
@@ -190,6 +311,9 @@ class ChatMessage(ApiMessage):
     content: str
 
 
+Scenario = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+Priority = Literal["interactive", "batch"]
+"""An interactive request passes every batch one that waits."""
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -221,6 +345,8 @@ class GenerateRequest(ApiMessage):
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     timeout_s: float | None = None
+    scenario: Scenario | None = None
+    priority: Priority = "interactive"
 
 
 class GenerateChunk(ApiMessage):

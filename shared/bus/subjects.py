@@ -11,6 +11,12 @@ CANCEL = f"{PREFIX}.cancel"
 STATUS = f"{PREFIX}.controller.status"
 """Public: the controller's view of groups, instances and gateways."""
 
+CHANGED = f"{PREFIX}.changed"
+"""An instance's record has changed in more than its figures, or a gateway has new ones to tell: read it now."""
+
+PROVISION = f"{PREFIX}.provision"
+"""Whoever can start and end instances listens here: `pdserve up`."""
+
 GATEWAYS = "gateways"
 """The queue group in which gateways share GENERATE."""
 
@@ -19,7 +25,7 @@ CONTROLLERS = "controllers"
 
 
 def instance(instance_id: str, verb: str) -> str:
-    """The subject of one verb of an instance: `prefill`, `decode`, `cancel`, or `gone.<gateway id>` (see `gone`).
+    """The subject of one verb of an instance: `prefill`, `decode`, `cancel`, `assign`, or `gone.<gateway id>` (`gone`).
 
     All verbs of an instance arrive over one subscription (`instance(id, ">")`), so a cancel never overtakes its
     request.
@@ -27,8 +33,20 @@ def instance(instance_id: str, verb: str) -> str:
     return f"{PREFIX}.instance.{instance_id}.{verb}"
 
 
+def map_of(group: str) -> str:
+    """Where the leading controller announces a group's map: `GroupMap` as it stands in Redis."""
+    return f"{PREFIX}.map.{group}"
+
+
+def admin(verb: str) -> str:
+    """The operator's wishes to the leading controller (`pdserve flip` and the like)."""
+    return f"{PREFIX}.admin.{verb}"
+
+
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `failed` or `gone.<request>.<index>`."""
+    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `moved`, `failed`, `free` or
+    `gone.<request>.<index>`.
+    """
     return f"{PREFIX}.gateway.{gateway_id}.{verb}"
 
 

@@ -42,6 +42,12 @@ class PagedAttention:
         finally:
             self._current = None
 
+    def sampled_rows(self) -> torch.Tensor | None:
+        """The rows of the current step that give a token, int64 [N]; None where all do."""
+        assert self._current is not None, "a layer outside of a step"
+        batch = self._current[1]
+        return None if len(batch.logit_rows) == batch.num_tokens else batch.logit_rows
+
     def __call__(
         self,
         module: torch.nn.Module,

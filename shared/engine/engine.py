@@ -1,4 +1,11 @@
-"""The engine: sequences in, tokens out, one step at a time. Synchronous; `EngineRunner` gives it a thread."""
+"""The engine: sequences in, tokens out, one step at a time. Synchronous; `EngineRunner` gives it a thread.
+
+What every engine does with sequences is in `AnyEngine`; how a step is computed is what they differ in.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 
@@ -8,13 +15,34 @@ from shared.engine.host_sampling import sample_on_host
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.sampler import Choice
-from shared.engine.scheduler import schedule
+from shared.engine.scheduler import StepPlan, schedule
 from shared.engine.sequence import NewToken, Sequence
+from shared.engine.work import WorkDone
+from shared.kv.layout import KVLayout
 from shared.sampling import FinishReason
 
 
-class Engine:
-    """Computes prefill and decode of many sequences together.
+class ServedModel(Protocol):
+    """What has to be known of a model to take requests for it; `LoadedModel` says what each of it is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layout(self) -> KVLayout: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def num_parameters(self) -> int: ...
+
+
+class AnyEngine(ABC):
+    """Takes prefill and decode of many sequences forward together.
 
     A sequence that finishes, or has generated all it should here, leaves by itself; its blocks stay the caller's.
     Blocks may be shared: of several sequences that wait for the same block, the earliest fills it, and the others go on
@@ -24,17 +52,16 @@ class Engine:
         loaded: the model.
         pool: where KV lives; its layout is the model's.
         max_step_tokens: tokens of a step that prefill may fill (`schedule`).
-        graphs: computes the steps that it takes; None where there is no use for it.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, pool: KVPool, max_step_tokens: int, graphs: DecodeGraphs | None = None
-    ) -> None:
+    def __init__(self, loaded: ServedModel, pool: KVPool, max_step_tokens: int) -> None:
         assert pool.layout == loaded.layout, "the pool is laid out for another model"
         self.loaded = loaded
         self.pool = pool
         self.max_step_tokens = max_step_tokens
-        self._graphs = graphs
+        self.work = WorkDone()
+        self.share = 1.0
+        """The share of the time in which to compute."""
         self._sequences: dict[str, Sequence] = {}
         self._filled: set[int] = set()
         """Blocks that hold KV up to their end."""
@@ -57,22 +84,29 @@ class Engine:
         """Let go of a sequence; False if it is not here."""
         return self._sequences.pop(request_id, None) is not None
 
-    @torch.inference_mode()
     def step(self) -> list[NewToken]:
         """Compute one step and return the tokens it generated: none while it only advances long prompts."""
         assert self._sequences, "a step needs work"
+        started = time.perf_counter()
         block_size = self.pool.layout.block_size
         for sequence in self._sequences.values():
             self._follow(sequence, block_size)
         plan = schedule(self._sequences.values(), self.max_step_tokens, block_size)
-        batch = build_batch(plan, block_size, self.pool.data.dtype)
-        choices = sample_on_host(self._logits(batch), batch.sampled, self.loaded.library)
-        return self._advance(batch, choices)
+        chosen = self._compute(plan)
+        if self.share < 1.0:
+            self._rest(time.perf_counter() - started)
+        self.work.add(plan, time.perf_counter() - started)
+        return self._advance(plan, chosen)
 
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        if self._graphs is not None and self._graphs.takes(batch):
-            return self._graphs.logits(batch)
-        return self.loaded.logits(self.pool, batch)
+    def _rest(self, computed_s: float) -> None:
+        time.sleep(computed_s * (1.0 / self.share - 1.0))
+
+    @abstractmethod
+    def _compute(self, plan: StepPlan) -> list[tuple[Sequence, Choice]]:
+        """Write the KV of a step's tokens, and choose the next token of each sequence all of whose KV is there then.
+
+        The sequences stay as they are.
+        """
 
     def _follow(self, sequence: Sequence, block_size: int) -> None:
         """Go on behind the shared blocks that are filled by now."""
@@ -82,12 +116,14 @@ class Engine:
             sequence.num_cached_tokens += next_block * block_size - sequence.num_computed_tokens
             sequence.num_computed_tokens = next_block * block_size
 
-    def _advance(self, batch: Batch, choices: list[Choice]) -> list[NewToken]:
+    def _advance(self, plan: StepPlan, chosen: list[tuple[Sequence, Choice]]) -> list[NewToken]:
         block_size = self.pool.layout.block_size
-        for span in batch.spans:
-            self._filled.update(span.sequence.blocks[span.first // block_size : span.last // block_size])
-            span.sequence.num_computed_tokens = span.last
-        return [self._append(sequence, choice) for sequence, choice in zip(batch.sampled, choices, strict=True)]
+        for sequence, num_tokens in parts(plan):
+            first = sequence.num_computed_tokens
+            last = first + num_tokens
+            self._filled.update(sequence.blocks[first // block_size : last // block_size])
+            sequence.num_computed_tokens = last
+        return [self._append(sequence, choice) for sequence, choice in chosen]
 
     def _append(self, sequence: Sequence, choice: Choice) -> NewToken:
         index = sequence.output_index
@@ -96,8 +132,52 @@ class Engine:
         sequence.num_generated += 1
         last = finish_reason is not None or sequence.num_generated == sequence.num_to_generate
         if last:
-            del self._sequences[sequence.request_id]
+            self.remove(sequence.request_id)
         return NewToken(sequence.request_id, index, choice.token_id, choice.logprob, choice.top, finish_reason, last)
+
+
+class Engine(AnyEngine):
+    """The engine that computes with torch.
+
+    Args:
+        loaded, pool, max_step_tokens: as `AnyEngine`'s.
+        graphs: computes the steps that it takes; None where there is no use for it.
+    """
+
+    loaded: LoadedModel
+
+    def __init__(
+        self, loaded: LoadedModel, pool: KVPool, max_step_tokens: int, graphs: DecodeGraphs | None = None
+    ) -> None:
+        super().__init__(loaded, pool, max_step_tokens)
+        self._graphs = graphs
+
+    @property
+    def has_graphs(self) -> bool:
+        return self._graphs is not None
+
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """From the next step on; there is none under way."""
+        self._graphs = graphs
+
+    @torch.inference_mode()
+    def _compute(self, plan: StepPlan) -> list[tuple[Sequence, Choice]]:
+        batch = build_batch(plan, self.pool.layout.block_size, self.pool.data.dtype)
+        choices = sample_on_host(self._logits(batch), batch.sampled, self.loaded.library)
+        return list(zip(batch.sampled, choices, strict=True))
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs.logits(batch)
+        return self.loaded.logits(self.pool, batch)
+
+
+def parts(plan: StepPlan) -> list[tuple[Sequence, int]]:
+    """What a step computes of each of its sequences: so many tokens behind those it has computed."""
+    return [
+        *((sequence, 1) for sequence in plan.decodes),
+        *((chunk.sequence, chunk.num_tokens) for chunk in plan.prefills),
+    ]
 
 
 def _finish_reason(sequence: Sequence, index: int, token_id: int) -> FinishReason | None:

@@ -108,7 +108,7 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
         expected = own_logits(weights, text_config.vocab_size, window, longest)
         _check_quantised(model, num_quantised, logits_difference(before, expected))
     attention = _put_in_attention(weights, layout, library)
-    replaced = put_in_fast_modules(weights, library)
+    replaced = put_in_fast_modules(weights, library, attention.sampled_rows)
     allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
     difference = check_logits(model, weights, attention, layout, expected, allowed)
     logger.info(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from shared.engine.engine import Engine
+from shared.engine.engine import AnyEngine
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import ContextTooLong, InvalidRequest
 
@@ -32,7 +32,7 @@ class EngineRunner:
     """
 
     def __init__(
-        self, engine: Engine, on_tokens: Callable[[list[NewToken]], None], on_crash: Callable[[Exception], None]
+        self, engine: AnyEngine, on_tokens: Callable[[list[NewToken]], None], on_crash: Callable[[Exception], None]
     ) -> None:
         self._engine = engine
         self._on_tokens = on_tokens

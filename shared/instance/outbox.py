@@ -1,13 +1,29 @@
 """What an instance tells gateways, and how it learns that a gateway is gone."""
 
+from collections import deque
 from collections.abc import Iterable
 
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Failed, Message, OutputToken, Prefilled, StepTokens, TokenLogprobs, TopLogprob
+from shared.bus.messages import (
+    Failed,
+    Free,
+    Message,
+    Moved,
+    OutputToken,
+    Prefilled,
+    StepTokens,
+    TokenLogprobs,
+    TopLogprob,
+)
 from shared.engine.sequence import NewToken
-from shared.errors import RequestError
+from shared.errors import InstanceFailed, RequestError
+from shared.registry.records import Role
 from shared.sampling import LEAST_LOGPROB
+
+RECENT = 256
+"""How many ended requests are remembered for `bus_came_back`."""
+BUS_WAS_AWAY = "the connection to the bus was lost for a while"
 
 
 class Outbox:
@@ -16,6 +32,7 @@ class Outbox:
     def __init__(self, bus: Bus, instance_id: str) -> None:
         self._bus = bus
         self.instance_id = instance_id
+        self._ended: deque[tuple[str, str]] = deque(maxlen=RECENT)
 
     async def prefilled(self, gateway_id: str, event: Prefilled) -> None:
         await self._send(gateway_id, "prefilled", event)
@@ -23,9 +40,26 @@ class Outbox:
     async def tokens(self, gateway_id: str, tokens: Iterable[OutputToken]) -> None:
         await self._send(gateway_id, "tokens", StepTokens(instance_id=self.instance_id, tokens=list(tokens)))
 
+    async def moved(self, gateway_id: str, event: Moved) -> None:
+        await self._send(gateway_id, "moved", event)
+
+    async def free(self, gateway_id: str, group: str, role: Role) -> None:
+        await self._send(gateway_id, "free", Free(instance_id=self.instance_id, group=group, role=role))
+
     async def failed(self, gateway_id: str, request_id: str, error: RequestError, *, counts: bool) -> None:
         event = Failed(instance_id=self.instance_id, request_id=request_id, error=error.body, counts=counts)
         await self._send(gateway_id, "failed", event)
+
+    def ended(self, gateway_id: str, request_id: str) -> None:
+        """Nothing is held of a request any more, and its last message is on its way."""
+        self._ended.append((gateway_id, request_id))
+
+    async def bus_came_back(self) -> None:
+        """Gives up what has just ended, in whichever role, since its last message may be lost."""
+        ended = list(self._ended)
+        self._ended.clear()
+        for gateway_id, request_id in ended:
+            await self.failed(gateway_id, request_id, InstanceFailed(BUS_WAS_AWAY), counts=False)
 
     async def _send(self, gateway_id: str, verb: str, event: Message) -> None:
         told = subjects.instance(self.instance_id, subjects.gone(gateway_id))

@@ -1,196 +1,200 @@
-"""The process of an instance, from its settings to its last heartbeat: load, listen, announce, serve, drain.
+"""The process of an instance, from its settings to its last heartbeat: load, listen, register, serve, drain.
 
-connect to NATS and Redis -> load the model -> serve KV -> subscribe -> first heartbeat ("ready") -> serve
-SIGTERM: "draining", refuse -> what is held ends or is given up -> out of the registry -> exit
+connect to NATS and Redis -> load the model -> serve KV -> subscribe -> first heartbeat -> follow orders and serve
+SIGTERM: "draining", refuse -> what is held ends, moves or is given up -> out of the registry -> exit
 """
 
 import asyncio
 import logging
 import os
 import secrets
-import threading
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Answer
-from shared.engine.decode_graphs import DecodeGraphs
+from shared.bus.messages import Answer, Assign, Message
 from shared.engine.device import find_device
-from shared.engine.engine import Engine
-from shared.engine.loader import load_model
-from shared.engine.model import LoadedModel
-from shared.engine.pool import KVPool
-from shared.engine.prefix_cache import PrefixCache
-from shared.engine.runner import EngineRunner
 from shared.engine.sequence import NewToken
-from shared.engine.staging import staging_of
 from shared.errors import ModelRefused, RequestError
+from shared.instance.assignment import Assignment
+from shared.instance.body import Body, Loaded, load, open_body
 from shared.instance.outbox import Outbox
 from shared.instance.role import InstanceParts, Role, find_role
-from shared.kv.holder import KVHolder
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
-from shared.registry.records import InstanceRecord
+from shared.registry.records import Admissions, InstanceRecord
+from shared.registry.records import Role as RoleName
 from shared.registry.registry import Registry
 from shared.settings import InstanceSettings, hostname
 from shared.telemetry import tracing
+
+SWEEP_S = 0.25
 
 log = logging.getLogger(__name__)
 
 
 async def serve(settings: InstanceSettings, lifetime: Lifetime) -> None:
-    find_device(settings.device)  # before anybody else is bothered
-    instance_id = f"{settings.role}-{hostname()}-{secrets.token_hex(4)}"
+    if settings.engine == "torch":
+        find_device(settings.device)  # before anybody else is bothered
+    kind = "mock" if settings.engine == "mock" else "instance"
+    instance_id = f"{kind}-{hostname()}-{secrets.token_hex(4)}"
     async with AsyncExitStack() as stack:
-        stack.enter_context(tracing.exporting(settings.role, instance_id))
+        stack.enter_context(tracing.exporting("instance", instance_id))
         bus = await stack.enter_async_context(
             connection.connect(settings.nats_url, name=instance_id, timeout_s=settings.connect_timeout_s)
         )
         records = await stack.enter_async_context(
             registry.connect(settings.redis_url, ttl_s=settings.record_ttl_s, timeout_s=settings.connect_timeout_s)
         )
-        loaded = await _load(settings, lifetime)
-        if loaded is None:
-            return
-        instance = Instance(settings, instance_id, loaded, lifetime)
-        await instance.run(bus, records)
-
-
-async def _load(settings: InstanceSettings, lifetime: Lifetime) -> LoadedModel | None:
-    """The model; None if we are asked to end before it is there. Its thread is then left to die with the process."""
-    loop = asyncio.get_running_loop()
-    loading: asyncio.Future[LoadedModel] = loop.create_future()
-
-    def work() -> None:
-        try:
-            result = load_model(
-                settings.model,
-                dtype=settings.dtype,
-                device=str(find_device(settings.device)),
-                num_threads=settings.threads or None,
-                block_size=settings.block_size,
-                quantization=settings.quantization,
-                native=settings.native_kernels,
-            )
-        except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it was, the process ends by it
-            loop.call_soon_threadsafe(_settle, loading, error)
-        else:
-            loop.call_soon_threadsafe(_settle, loading, result)
-
-    threading.Thread(target=work, name="load", daemon=True).start()
-    ending = loop.create_task(lifetime.until_ending())
-    either: list[asyncio.Future[Any]] = [loading, ending]
-    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    ending.cancel()
-    return loading.result() if loading.done() else None
-
-
-def _settle(loading: "asyncio.Future[LoadedModel]", result: LoadedModel | Exception) -> None:
-    if loading.cancelled():
-        return
-    if isinstance(result, Exception):
-        loading.set_exception(result)
-    else:
-        loading.set_result(result)
+        loaded = await load(settings, settings.model, lifetime)
+        if loaded is not None:
+            await Instance(settings, instance_id, bus, records, lifetime).run(loaded)
 
 
 class Instance:
-    """A loaded model and the role it plays."""
+    """A loaded model, the roles that it plays, and what the world is told of both."""
 
-    def __init__(self, settings: InstanceSettings, instance_id: str, loaded: LoadedModel, lifetime: Lifetime) -> None:
+    def __init__(
+        self, settings: InstanceSettings, instance_id: str, bus: Bus, records: Registry, lifetime: Lifetime
+    ) -> None:
         self.settings = settings
         self.instance_id = instance_id
-        self.loaded = loaded
         self.lifetime = lifetime
-        self.epoch = 1
-        self.num_blocks = settings.kv_pool_bytes // loaded.layout.block_bytes
-        self.max_model_len = max_model_len(settings, loaded, self.num_blocks)
-        self.started_at = time.time()
-        self._steps: asyncio.Queue[list[NewToken]] = asyncio.Queue()
+        self._bus = bus
+        self._records = records
+        self._started_at = time.time()
+        self._outbox = Outbox(bus, instance_id)
+        self._beat: Callable[[], Awaitable[None]] | None = None
 
-    async def run(self, bus: Bus, records: Registry) -> None:
+    async def run(self, loaded: Loaded) -> None:
         """Serves until the lifetime ends, then drains."""
-        settings = self.settings
-        pool = KVPool(self.loaded.layout, self.num_blocks, find_device(settings.device))
-        graphs: DecodeGraphs | None = None
-        if pool.device.type == "cuda" and settings.role == "decode":
-            graphs = await asyncio.to_thread(DecodeGraphs, self.loaded, pool, settings.decode_slots, self.max_model_len)
-        engine = Engine(self.loaded, pool, settings.max_step_tokens, graphs)
-        holder = KVHolder(
-            self.loaded.layout,
-            settings.kv_host,
-            settings.kv_port,
-            settings.stall_timeout_s,
-            settings.kv_advertise_host,
-        )
-        async with (
-            holder.serving(),
-            EngineRunner(engine, self._steps.put_nowait, self._on_crash) as runner,
-            asyncio.TaskGroup() as tasks,
-        ):
-            self.parts = InstanceParts(
-                settings=settings,
-                instance_id=self.instance_id,
-                epoch=lambda: self.epoch,
-                draining=lambda: self.lifetime.ending,
-                loaded=self.loaded,
-                staging=staging_of(pool),
-                cache=PrefixCache(self.num_blocks, settings.block_size, enabled=settings.prefix_cache),
-                runner=runner,
-                holder=holder,
-                outbox=Outbox(bus, self.instance_id),
-                tasks=tasks,
-            )
-            self.role: Role = find_role(settings.role)(self.parts)
-            bus.on_reconnect(lambda: self.role.bus_came_back())
-            working = [tasks.create_task(self.role.sweep_forever()), tasks.create_task(self._tell_tokens())]
-            await bus.subscribe(subjects.instance(self.instance_id, ">"), self._on_message)
+        async with AsyncExitStack() as bodies, asyncio.TaskGroup() as tasks:
+            self._bodies = bodies
+            self._tasks = tasks
+            await self._embody(self.settings.model, loaded)
+            self.assignment = Assignment(self.settings, tasks, self._make_role, self._change_body, self._announce)
+            self._bus.on_reconnect(self._bus_came_back)
+            sweeping = tasks.create_task(self._sweep())
+            await self._bus.subscribe(subjects.instance(self.instance_id, ">"), self._on_message)
             async with heartbeats(
-                self.record, records.write_instance, records.remove_instance, settings.heartbeat_s
-            ) as beat:
-                log.info("ready: %s plays %s, KV at %s:%d", self.instance_id, self.role.verb, holder.host, holder.port)
+                self.record, self._records.write_instance, self._records.remove_instance, self.settings.heartbeat_s
+            ) as self._beat:
+                holder = self.body.holder
+                log.info("ready: %s waits for its role, KV at %s:%d", self.instance_id, holder.host, holder.port)
+                await self._tell_that_it_changed()
                 await self.lifetime.until_ending()
-                await beat()
                 await self._drain()
-            for task in working:
-                task.cancel()
-            self.role.close()
+            sweeping.cancel()
+            self._telling.cancel()
+            self.assignment.close()
+
+    async def _embody(self, model_path: str, loaded: Loaded) -> None:
+        self.body: Body = await self._bodies.enter_async_context(
+            open_body(self.settings, model_path, loaded, self._on_crash)
+        )
+        self._telling = self._tasks.create_task(self.body.tell_tokens(self._tell))
+
+    async def _change_body(self, model_path: str) -> None:
+        """Another model in place of this one, which stays if that cannot be served."""
+        if model_path == self.body.model_path:
+            return
+        before = self.body
+        loaded = await load(self.settings, model_path, self.lifetime)
+        if loaded is None:
+            return
+        if loaded.vocab_size != before.loaded.vocab_size:
+            raise ModelRefused(
+                f"model {model_path!r} has a vocabulary of {loaded.vocab_size} and {before.model_path!r} one of "
+                f"{before.loaded.vocab_size}: gateways could not speak to both; start it as a deployment of its own"
+            )
+        old_path, old = before.model_path, before.loaded
+        self._telling.cancel()
+        await self._bodies.aclose()
+        try:
+            await self._embody(model_path, loaded)
+        except Exception as error:
+            await self._embody(old_path, old)
+            raise ModelRefused(f"model {model_path!r} cannot be used here: {error}") from error
+
+    async def _make_role(self, name: RoleName) -> Role:
+        await self.body.prepare(name)
+        body = self.body
+        return find_role(name)(
+            InstanceParts(
+                settings=self.settings,
+                instance_id=self.instance_id,
+                epoch=lambda: self.assignment.epoch,
+                group=lambda: self.assignment.group or "",
+                accepting=lambda: self.assignment.state == "ready",
+                loaded=body.loaded,
+                max_model_len=body.max_model_len,
+                staging=body.staging,
+                cache=body.cache,
+                runner=body.runner,
+                holder=body.holder,
+                outbox=self._outbox,
+                tasks=self._tasks,
+                told=body.told,
+                work=body.engine.work.snapshot,
+                room_came_free=lambda: self.assignment.room_came_free(),
+            )
+        )
 
     def record(self, heartbeat: int) -> InstanceRecord:
         """This instance's record as of now."""
+        settings, body, post = self.settings, self.body, self.assignment
+        wishes_role = None if settings.role == "spare" else settings.role
         return InstanceRecord(
             id=self.instance_id,
             pid=os.getpid(),
             host=hostname(),
             version=__version__,
-            started_at=self.started_at,
+            started_at=self._started_at,
             heartbeat=heartbeat,
-            role=self.settings.role,
-            group=self.settings.group,
-            epoch=self.epoch,
-            state="draining" if self.lifetime.ending else "ready",
-            model=self.settings.served_model_name,
-            fingerprint=self.loaded.fingerprint,
-            max_model_len=self.max_model_len,
-            kv_host=self.parts.holder.host,
-            kv_port=self.parts.holder.port,
-            kv_layout=self.loaded.layout,
-            slots_total=self.role.slots_total,
-            slots_used=self.role.slots_used,
-            blocks_total=self.num_blocks,
-            blocks_free=self.parts.cache.num_free,
-            blocks_cached=self.parts.cache.num_cached,
-            cache_query_tokens=self.parts.cache.num_query_tokens,
-            cache_hit_tokens=self.parts.cache.num_hit_tokens,
+            role=post.role.verb if post.role else None,
+            group=post.group,
+            wish_role=wishes_role,
+            wish_group=settings.group if wishes_role else None,
+            epoch=post.epoch,
+            term=post.term,
+            state=post.state,
+            engine=settings.engine,
+            model=settings.served_model_name,
+            model_path=body.model_path,
+            fingerprint=body.loaded.fingerprint,
+            max_model_len=body.max_model_len,
+            kv_host=body.holder.host,
+            kv_port=body.holder.port,
+            kv_layout=body.loaded.layout,
+            slots_total=post.role.slots_total if post.role else 0,
+            slots_used=sum(role.slots_used for role in post.roles),
+            slots_leased=sum(role.slots_leased for role in post.roles),
+            blocks_total=body.cache.num_blocks,
+            blocks_free=body.cache.num_free,
+            blocks_cached=body.cache.num_cached,
+            cache_query_tokens=body.cache.num_query_tokens,
+            cache_hit_tokens=body.cache.num_hit_tokens,
+            work=body.engine.work.snapshot(),
+            admissions=post.role.admissions() if post.role else Admissions(),
+            on_demand=settings.on_demand,
+            problem=post.problem,
         )
+
+    async def _announce(self) -> None:
+        if self._beat is not None:
+            await self._beat()
+            await self._tell_that_it_changed()
+
+    async def _tell_that_it_changed(self) -> None:
+        await self._bus.publish(subjects.CHANGED, Message())
 
     async def _on_message(self, incoming: Incoming) -> None:
         verb, key = subjects.verb_and_key(incoming.subject)
         try:
-            await self.role.handle(verb, key, incoming)
+            await self._handle(verb, key, incoming)
         except RequestError as error:
             log.warning("refused a message on %s: %s", incoming.subject, error.message)
             await self._refuse(incoming)
@@ -198,51 +202,50 @@ class Instance:
             log.exception("a message on %s met a fault of this program", incoming.subject)
             await self._refuse(incoming)
 
+    async def _handle(self, verb: str, key: str, incoming: Incoming) -> None:
+        if verb == "assign":
+            await incoming.respond(self.assignment.order(incoming.parse(Assign)))
+            return
+        role = self.assignment.role
+        if role is not None and verb == role.verb:
+            await incoming.respond(await role.take(incoming))
+        elif verb in ("prefill", "decode"):
+            reason = "draining" if self.assignment.state in ("changing", "draining") else "wrong_role"
+            await incoming.respond(Answer.model_validate({"accepted": False, "reason": reason}))
+        else:
+            for one in self.assignment.roles:
+                one.handle(verb, key, incoming)
+
     async def _refuse(self, incoming: Incoming) -> None:
         if incoming.reply_to:
             await incoming.respond(Answer(accepted=False, reason="invalid"))
 
-    async def _tell_tokens(self) -> None:
-        """Passes on what the engine generates, step by step, so that the order of tokens stays."""
+    async def _tell(self, tokens: list[NewToken]) -> None:
+        """Every role knows its own requests. One that is left still has tokens on their way."""
+        for role in self.assignment.roles:
+            await role.on_tokens(tokens)
+
+    async def _sweep(self) -> None:
         while True:
-            await self.role.on_tokens(await self._steps.get())
+            await asyncio.sleep(SWEEP_S)
+            for role in self.assignment.roles:
+                role.sweep(time.time())
+
+    def _bus_came_back(self) -> None:
+        self._tasks.create_task(self._outbox.bus_came_back())
+        for role in self.assignment.roles:
+            role.bus_came_back()
 
     def _on_crash(self, error: BaseException) -> None:
         log.error("the engine failed", exc_info=error)
         self.lifetime.fail(f"the engine failed: {error!r}")
-        self.role.fail_all("the engine of this instance failed", counts=True)
+        for role in self.assignment.roles:
+            role.fail_all("the engine of this instance failed", counts=True)
 
     async def _drain(self) -> None:
-        """Lets what is held end by itself for a while, then gives it up, and waits until nothing is held."""
-        await self._until_idle(0.0 if self.lifetime.failed else self.settings.drain_timeout_s)
-        self.role.fail_all("this instance is ending", counts=False)
-        await self._until_idle(self.settings.stall_timeout_s)
-
-    async def _until_idle(self, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.role.idle()
-        except TimeoutError:
-            log.warning("%d requests are still held after %g s", self.role.slots_used, timeout_s)
-
-
-def max_model_len(settings: InstanceSettings, loaded: LoadedModel, num_blocks: int) -> int:
-    """The longest request (tokens) that is served.
-
-    Raises:
-        ModelRefused: the wish cannot be met by the model's positions or by the pool.
-    """
-    wish = settings.max_model_len
-    capacity = num_blocks * loaded.layout.block_size
-    if wish > loaded.max_position_embeddings:
-        raise ModelRefused(
-            f"PDSERVE_MAX_MODEL_LEN={wish} is over the {loaded.max_position_embeddings} positions of {settings.model}: "
-            "lower it"
-        )
-    if wish > capacity or capacity < loaded.layout.block_size:
-        token_bytes = loaded.layout.block_bytes // loaded.layout.block_size
-        raise ModelRefused(
-            f"the KV pool holds {capacity} tokens, fewer than one request of {wish or 'any length'}: raise "
-            f"PDSERVE_KV_POOL_BYTES (a token takes {token_bytes} bytes) or lower PDSERVE_MAX_MODEL_LEN"
-        )
-    return wish or min(loaded.max_position_embeddings, capacity)
+        if self.lifetime.failed:
+            self.assignment.state = "draining"
+            await self._announce()
+            await self.assignment.give_up("the engine of this instance failed", counts=True)
+        else:
+            await self.assignment.drain()

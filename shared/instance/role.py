@@ -7,34 +7,35 @@ of its own.
 
 import asyncio
 import logging
+import secrets
 import time
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import ClassVar
 
 from opentelemetry.trace import Span, SpanKind
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, Cancel, InstanceRequest, RefusalReason
-from shared.engine.model import LoadedModel
+from shared.bus.messages import Answer, Cancel, InstanceRequest, KVLease, RefusalReason
+from shared.engine.engine import ServedModel
 from shared.engine.prefix_cache import PrefixCache
 from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
 from shared.engine.staging import Staging
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
 from shared.instance.admission import InstanceFacts, RequestFacts, refusal, room_refusal
-from shared.instance.outbox import Outbox
+from shared.instance.outbox import BUS_WAS_AWAY, Outbox
 from shared.instance.reservations import Reservation, Reservations, Room
-from shared.kv.holder import KVHolder
+from shared.kv.holder import KVHolder, Lease
+from shared.registry.records import Admissions, Work
+from shared.registry.records import Role as RoleName
 from shared.settings import InstanceSettings
 from shared.telemetry import tracing
 
-SWEEP_S = 0.25
-RECENT = 256
-"""How many ended requests are remembered for `bus_came_back`."""
+WANTS_ROOM: frozenset[RefusalReason] = frozenset({"no_slot", "no_blocks"})
+"""A gateway that is refused for these is told when there is room again."""
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,22 @@ class InstanceParts:
     settings: InstanceSettings
     instance_id: str
     epoch: Callable[[], int]
-    draining: Callable[[], bool]
-    loaded: LoadedModel
+    group: Callable[[], str]
+    accepting: Callable[[], bool]
+    loaded: ServedModel
+    max_model_len: int
     staging: Staging
     cache: PrefixCache
     runner: EngineRunner
     holder: KVHolder
     outbox: Outbox
     tasks: asyncio.TaskGroup
+    told: Callable[[], Awaitable[None]]
+    """Returns once all tokens that the engine has given are told to their gateways."""
+    work: Callable[[], Work]
+    """What the engine has done so far."""
+    room_came_free: Callable[[], None]
+    """Called when a request was let go: its blocks are for every role of this instance."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +75,10 @@ class Held:
     reservation: Reservation
     deadline: float
     span: Span
+    accepted_at: float = field(default_factory=time.monotonic)
     in_engine: bool = False
+    computes_prompt: bool = False
+    """Its prompt is computed here, by a decode instance, and its first token has not come yet."""
     lease_id: str | None = None
     """The only key to its KV, while that waits to be fetched."""
     transfer: asyncio.Task[None] | None = None
@@ -79,14 +91,22 @@ class Held:
 class Role(ABC):
     """A role: takes requests on its verb, holds them in slots, lets them go. Subclasses say what happens between."""
 
-    verb: ClassVar[str]
+    verb: ClassVar[RoleName]
+    can_move: ClassVar[bool] = False
+    """Whether a request can go on at another instance of this role with its KV."""
 
     def __init__(self, parts: InstanceParts, *, step_tokens: int = 0) -> None:
         self.parts = parts
         self.reservations = Reservations(parts.cache, parts.loaded.layout.num_blocks(step_tokens))
         self._held: dict[str, Held] = {}
-        self._forgotten = asyncio.Event()
-        self._ended: deque[tuple[str, str]] = deque(maxlen=RECENT)
+        self._less = asyncio.Event()
+        """There is less to do than before."""
+        self._refused: dict[str, None] = {}
+        """Gateways that wait for room, the first to be refused first."""
+        self.num_accepted = 0
+        self.num_refused = 0
+        self.num_ended = 0
+        self.held_s = 0.0
 
     @property
     @abstractmethod
@@ -97,17 +117,36 @@ class Role(ABC):
     def slots_used(self) -> int:
         return len(self._held)
 
-    async def handle(self, verb: str, key: str, incoming: Incoming) -> None:
-        """One message to this instance."""
-        if verb == self.verb:
-            answer = await self.take(incoming)
-            await incoming.respond(answer)
-        elif verb == "cancel":
+    @property
+    def slots_leased(self) -> int:
+        """Those whose KV waits to be fetched."""
+        return sum(held.lease_id is not None for held in self._held.values())
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether anything is left for the engine, or on its way to it."""
+        return any(held.lease_id is None for held in self._held.values())
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens without KV of all that the engine works on."""
+        return sum(held.sequence.num_uncomputed_tokens for held in self._held.values() if held.in_engine)
+
+    def handle(self, verb: str, key: str, incoming: Incoming) -> None:
+        """A message about requests that are held, by this role or another."""
+        if verb == "cancel":
             self.end_all(self._held[one] for one in incoming.parse(Cancel).request_ids if one in self._held)
         elif verb == "gone" and incoming.nobody_listens:
             self.end_all(held for held in self._held.values() if held.gateway_id == key)
-        elif incoming.reply_to:
-            await incoming.respond(Answer(accepted=False, reason="wrong_role"))
+
+    def admissions(self) -> Admissions:
+        """What has been accepted and refused in this role."""
+        return Admissions(
+            num_accepted=self.num_accepted,
+            num_refused=self.num_refused,
+            num_ended=self.num_ended,
+            held_s=self.held_s,
+        )
 
     @abstractmethod
     async def take(self, incoming: Incoming) -> Answer:
@@ -132,13 +171,13 @@ class Role(ABC):
         """Gives all requests up: their gateways take them elsewhere."""
         self.end_all(self._held.values(), InstanceFailed(why), counts=counts)
 
+    def fail_computing(self, why: str) -> None:
+        """Gives those up that the engine is not done with."""
+        self.end_all([held for held in self._held.values() if held.lease_id is None], InstanceFailed(why), counts=False)
+
     def bus_came_back(self) -> None:
-        """Gives up what may have lost a message, and what has just ended, since its last message may be lost too."""
-        error = InstanceFailed("the connection to the bus was lost for a while")
-        for request_id, gateway_id in self._ended:
-            self.parts.tasks.create_task(self.parts.outbox.failed(gateway_id, request_id, error, counts=False))
-        self._ended.clear()
-        self.fail_all(error.message, counts=False)
+        """Gives up what may have lost a message."""
+        self.fail_all(BUS_WAS_AWAY, counts=False)
 
     def sweep(self, now: float) -> None:
         """Ends the requests whose deadline has passed."""
@@ -148,16 +187,21 @@ class Role(ABC):
     def close(self) -> None:  # noqa: B027 - most roles have nothing to close
         """Lets go of what the role keeps between requests."""
 
-    async def idle(self) -> None:
-        """Returns once nothing is held."""
-        while self._held:
-            self._forgotten.clear()
-            await self._forgotten.wait()
+    async def move_all(self) -> None:  # noqa: B027 - where requests are soon done, none is moved
+        """Gets requests on their way to other instances of this role, as far as it can be done."""
 
-    async def sweep_forever(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_S)
-            self.sweep(time.time())
+    async def until_idle(self) -> None:
+        """Returns once nothing is held."""
+        await self._until(lambda: not self._held)
+
+    async def until_computed(self) -> None:
+        """Returns once what is held, if anything, only waits to be fetched."""
+        await self._until(lambda: not self.is_computing)
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            self._less.clear()
+            await self._less.wait()
 
     def admit(self, request: InstanceRequest, deadline: float, room_for: Callable[[], Room]) -> Room | RefusalReason:
         """The room that a request is to have, or why this instance cannot take it.
@@ -175,15 +219,23 @@ class Role(ABC):
             InstanceFacts(
                 epoch=parts.epoch(),
                 fingerprint=parts.loaded.fingerprint,
-                draining=parts.draining(),
-                slots_free=self.slots_total - self.slots_used,
+                draining=not parts.accepting(),
+                slots_free=1 if request.is_canary else self.slots_total - self.slots_used,
                 now=time.time(),
             ),
         )
-        if reason is not None:
-            return reason
-        room = room_for()
-        return room_refusal(self.reservations.needs(room), self.reservations.supply()) or room
+        if reason is None:
+            room = room_for()
+            reason = room_refusal(self.reservations.needs(room), self.reservations.supply()) or self.lateness(
+                request, room
+            )
+        if reason is None:
+            self.num_accepted += 1
+            return room
+        self.num_refused += reason in WANTS_ROOM or reason == "no_time"
+        if reason in WANTS_ROOM and not request.is_canary:
+            self._refused.setdefault(request.gateway_id)
+        return reason
 
     def hold(self, request: InstanceRequest, room: Room, incoming: Incoming, num_to_generate: int) -> Held:
         """Reserves blocks and a slot for a request that admission has accepted.
@@ -218,23 +270,69 @@ class Role(ABC):
         self._held[request.request_id] = held
         return held
 
+    def lateness(self, request: InstanceRequest, room: Room) -> RefusalReason | None:
+        """Why a request that there is room for would come too late; None if it would not."""
+        return None
+
+    def lease(self, held: Held) -> KVLease:
+        """Keeps the KV of a request that the engine is done with until somebody fetches it, or its time is over."""
+        parts = self.parts
+        layout = parts.loaded.layout
+        num_tokens = held.sequence.num_computed_tokens
+        num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
+        held.lease_id = secrets.token_urlsafe(16)
+        lease = Lease(
+            lease_id=held.lease_id,
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+            export=lambda skip_blocks: parts.staging.export(
+                held.sequence.blocks[skip_blocks:], num_bytes - skip_blocks * layout.block_bytes
+            ),
+            expires_at=min(held.deadline, time.time() + parts.settings.lease_s),
+            let_go=lambda fetched: self.forget(held),
+        )
+        held.span.set_attribute(tracing.KV_BYTES, num_bytes)
+        parts.holder.hold(lease)
+        self._less.set()
+        return KVLease(
+            lease_id=lease.lease_id,
+            instance_id=parts.instance_id,
+            host=parts.holder.host,
+            port=parts.holder.port,
+            num_tokens=num_tokens,
+            num_bytes=num_bytes,
+            expires_at=lease.expires_at,
+        )
+
     def holding(self, request_id: str) -> Held | None:
-        """The request if it is held and not being let go."""
+        """The request if a token of it is this role's: the engine works on it, and it is not being let go.
+
+        A role that was left may still lease the KV of a request that goes on here, in the next role.
+        """
         held = self._held.get(request_id)
-        return held if held is not None and not held.ending else None
+        return held if held is not None and held.in_engine and not held.ending else None
 
     def forget(self, held: Held) -> None:
         """The last act: blocks and slot are free. What the blocks hold may be of use to others."""
         sequence = held.sequence
         self.reservations.release(held.reservation, sequence.token_ids[: sequence.num_computed_tokens])
         del self._held[held.request_id]
-        self._forgotten.set()
-        self._ended.append((held.request_id, held.gateway_id))
+        self._less.set()
+        self.num_ended += 1
+        self.held_s += time.monotonic() - held.accepted_at
+        self.parts.outbox.ended(held.gateway_id, held.request_id)
         held.span.end()
-        self.room_came_free()
+        self.parts.room_came_free()
+
+    def tell_who_waits(self) -> None:
+        """One gateway for each slot, in turns: told all at once they would ask in vain."""
+        if self._refused:
+            gateway_id = next(iter(self._refused))
+            del self._refused[gateway_id]
+            self.parts.tasks.create_task(self.parts.outbox.free(gateway_id, self.parts.group(), self.verb))
 
     def room_came_free(self) -> None:  # noqa: B027 - where requests do not grow, nobody waits for room
-        """Blocks have been let go of."""
+        """Blocks have been let go of, by this role or another."""
 
     async def _let_go(self, held: Held, error: RequestError | None, counts: bool) -> None:
         if error is not None:

@@ -89,6 +89,18 @@ class KVFetcher:
                 del self._idle[other]
 
 
+async def check_path(host: str, port: int, timeout_s: float) -> None:
+    """Whether a holder answers there in our protocol, asked for a lease that nobody has.
+
+    Raises:
+        TransferFailed: nobody does.
+    """
+    nobody = KVLayout(dtype="float32", block_size=1, layers=())
+    with await _connect((host, port), timeout_s) as connection:
+        await wire.send_frame(connection, wire.FetchRequest(lease_id="", layout=nobody), timeout_s)
+        await wire.receive_frame(connection, wire.KVHeader, timeout_s)
+
+
 async def _connect(peer: tuple[str, int], timeout_s: float) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
@@ -15,13 +16,50 @@ from redis.exceptions import RedisError
 from shared.addresses import shown
 from shared.errors import RegistryUnavailable
 from shared.registry import keys
-from shared.registry.records import GatewayRecord, InstanceRecord, Record
+from shared.registry.records import GatewayRecord, GroupMap, InstanceRecord
 
 COMMAND_TIMEOUT_S = 2.0
 RETRY_S = 0.2
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 log = logging.getLogger(__name__)
+
+
+_LEAD = """
+local held = redis.call('GET', KEYS[1])
+local mine = ARGV[1] .. '|'
+if held and string.sub(held, 1, #mine) ~= mine then return false end
+local term = held and tonumber(string.sub(held, #mine + 1))
+if not term then
+    term = math.max(tonumber(ARGV[2]), tonumber(redis.call('GET', KEYS[2]) or 0) + 1)
+    redis.call('SET', KEYS[2], string.format('%.0f', term))
+end
+redis.call('SET', KEYS[1], mine .. string.format('%.0f', term), 'PX', ARGV[3])
+return string.format('%.0f', term)
+"""
+_RESIGN = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_WRITE_MAP = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
+return 1
+"""
+_REMOVE_MAP = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HDEL', KEYS[2], ARGV[2])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """A controller's leadership: no two have the same term, and later ones have higher terms."""
+
+    controller_id: str
+    term: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.controller_id}|{self.term}"
 
 
 class Registry:
@@ -35,12 +73,11 @@ class Registry:
         await self._run(lambda pipe: pipe.ping())
 
     async def write_instance(self, record: InstanceRecord) -> None:
-        """Writes or renews an instance's record and its membership of its group."""
+        """Writes or renews an instance's record."""
 
         def write(pipe: Pipeline) -> None:
             pipe.set(keys.instance(record.id), record.model_dump_json(), px=self._ttl_ms)
-            self._join(pipe, keys.group(record.group), record.id)
-            self._join(pipe, keys.GROUPS, record.group)
+            self._join(pipe, keys.INSTANCES, record.id)
 
         await self._run(write)
 
@@ -54,23 +91,63 @@ class Registry:
         await self._run(write)
 
     async def remove_instance(self, record: InstanceRecord) -> None:
-        await self._remove(keys.instance(record.id), keys.group(record.group), record.id)
+        await self._remove(keys.instance(record.id), keys.INSTANCES, record.id)
 
     async def remove_gateway(self, record: GatewayRecord) -> None:
         await self._remove(keys.gateway(record.id), keys.GATEWAYS, record.id)
 
-    async def groups(self) -> list[str]:
-        """The names of all groups that have had a member lately."""
-        [names] = await self._run(lambda pipe: pipe.smembers(keys.GROUPS))
-        return sorted(names)
+    async def instances(self) -> list[InstanceRecord]:
+        """The records of all instances, by id."""
+        return await self._records(InstanceRecord, keys.INSTANCES, keys.instance)
 
-    async def instances(self, group: str) -> list[InstanceRecord]:
-        """The records of a group's instances, by id."""
-        return await self._records(InstanceRecord, keys.group(group), keys.instance)
+    async def members(self, instance_ids: Collection[str]) -> list[InstanceRecord]:
+        """The records of these instances, as far as they have one."""
+        if not instance_ids:
+            return []
+        [texts] = await self._run(lambda pipe: pipe.mget([keys.instance(one) for one in instance_ids]))
+        return [record for text in texts if text is not None and (record := _parse(InstanceRecord, text)) is not None]
 
     async def gateways(self) -> list[GatewayRecord]:
         """The records of all gateways, by id."""
         return await self._records(GatewayRecord, keys.GATEWAYS, keys.gateway)
+
+    async def maps(self) -> list[GroupMap]:
+        """The maps of all groups, by name."""
+        [texts] = await self._run(lambda pipe: pipe.hgetall(keys.MAPS))
+        found = [_parse(GroupMap, texts[name]) for name in sorted(texts)]
+        return [one for one in found if one is not None]
+
+    async def lead(self, controller_id: str, for_s: float) -> Lead | None:
+        """Becomes the leader, or stays so, for `for_s` more seconds; None while another is.
+
+        Terms are Unix milliseconds of the takeover, and grow even where Redis has lost the last one.
+        """
+        term = int(time.time() * 1000)
+        arguments = (controller_id, term, int(for_s * 1000))
+        [text] = await self._run(lambda pipe: pipe.eval(_LEAD, 2, keys.LEADER, keys.TERM, *arguments))
+        return Lead(controller_id, int(text)) if text else None
+
+    async def resign(self, lead: Lead) -> None:
+        """Lets another lead at once."""
+        await self._run(lambda pipe: pipe.eval(_RESIGN, 1, keys.LEADER, lead.text))
+
+    async def leader(self) -> str | None:
+        """The leading controller's id."""
+        [text] = await self._run(lambda pipe: pipe.get(keys.LEADER))
+        return str(text).rpartition("|")[0] if text else None
+
+    async def write_map(self, lead: Lead, group: GroupMap) -> bool:
+        """Writes a group's map; False, and nothing is written, if `lead` is over."""
+        text = group.model_dump_json()
+        [done] = await self._run(
+            lambda pipe: pipe.eval(_WRITE_MAP, 2, keys.LEADER, keys.MAPS, lead.text, group.name, text)
+        )
+        return bool(done)
+
+    async def remove_map(self, lead: Lead, name: str) -> bool:
+        """Forgets a group; likewise."""
+        [done] = await self._run(lambda pipe: pipe.eval(_REMOVE_MAP, 2, keys.LEADER, keys.MAPS, lead.text, name))
+        return bool(done)
 
     def _join(self, pipe: Pipeline, key: str, member: str) -> None:
         pipe.sadd(key, member)

@@ -11,6 +11,7 @@ from shared.engine.modules import linears
 from shared.engine.modules.arena import lay_together
 from shared.engine.modules.fast import put_in_fast_modules
 from shared.engine.modules.gated import replace_gated_mlps
+from shared.engine.modules.last_layer import ForRows
 from shared.engine.modules.linears import Int8Linear, NativeLinear, PackedLinear, pack_linears, quantise_linears
 from shared.engine.modules.norms import NativeRMSNorm, replace_norms
 from shared.engine.modules.rotary import NAME, NativeRotary, replace_rotary
@@ -268,12 +269,35 @@ def small(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
 @torch.inference_mode()
 def test_a_whole_model_computes_the_same(library: Library, name: str, dtype: torch.dtype) -> None:
     plain, fast = small(CONFIGS[name](), dtype), small(CONFIGS[name](), dtype)
-    replaced = put_in_fast_modules(fast, library)
+    replaced = put_in_fast_modules(fast, library, lambda: None)
     assert (replaced.linears, replaced.norms, replaced.mlps, replaced.rotary) == REPLACED[name]
     token_ids = torch.randint(0, 101, (1, 19), generator=torch.Generator().manual_seed(3))
     expected, got = (each(token_ids, use_cache=False).logits.float() for each in (plain, fast))
     spread = float(expected.max() - expected.min())
     assert float((got - expected).abs().max()) < (1e-5 if dtype == torch.float32 else 0.05) * spread
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("wanted", [[], [18], [0, 7, 18]])
+@torch.inference_mode()
+def test_the_last_layer_computes_wanted_rows_alone(
+    library: Library, name: str, dtype: torch.dtype, wanted: list[int]
+) -> None:
+    """To the bit, what is computed; the rest is less work."""
+    spared, whole = (small(CONFIGS[name](), dtype) for _ in range(2))
+    rows = torch.tensor(wanted, dtype=torch.int64)
+    assert put_in_fast_modules(spared, library, lambda: rows).of_last_layer == (1 if name == "phi3" else 2)
+    put_in_fast_modules(whole, library, lambda: None)
+    token_ids = torch.randint(0, 101, (1, 19), generator=torch.Generator().manual_seed(3))
+    got, expected = (each(token_ids, use_cache=False, logits_to_keep=rows).logits for each in (spared, whole))
+    assert got.shape == (1, len(wanted), 101)
+    assert torch.equal(got, expected)
+    counted: list[int] = []
+    last_mlp = next(part for part in reversed(list(spared.modules())) if isinstance(part, ForRows))
+    last_mlp.inner.register_forward_hook(lambda _, given, __: counted.append(given[0].shape[1]))
+    spared(token_ids, use_cache=False, logits_to_keep=rows)
+    assert counted == ([len(wanted)] if wanted else [])
 
 
 @torch.inference_mode()

@@ -7,10 +7,12 @@ from contextlib import aclosing
 import pytest
 
 from services.gateway.api import FirstToken
+from services.gateway.groups import Group
 from shared.bus import subjects
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, PrefillRequest, StepTokens
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
+from shared.registry.records import Role
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Request, Scripted, expected, fleet, token_of
 from tests.harness import eventually
@@ -28,15 +30,16 @@ async def test_prefill_then_decode(nats_url: str) -> None:
         assert prefilled.token_ids == PROMPT
         assert decoded.token_ids == PROMPT + expected(PROMPT, 1)
         assert decoded.lease.instance_id == "p"
-        assert decode.cancelled == []
+        assert await prefill.all_cancelled() == [prefilled.request_id]
+        assert await decode.all_cancelled() == []
 
 
 async def test_a_request_that_ends_with_its_first_token_needs_no_decode(nats_url: str) -> None:
     async with fleet(nats_url) as one:
-        await one.add("p", "prefill")
-        decode = await one.add("d", "decode")
+        prefill, decode = await one.add("p", "prefill"), await one.add("d", "decode")
         assert await one.generate(PROMPT, max_tokens=1) == expected(PROMPT, 1)
         assert decode.requests == []
+        assert await prefill.all_cancelled() == []
 
 
 async def test_on_refusal_the_next_is_asked_and_then_all_again(nats_url: str) -> None:
@@ -68,7 +71,7 @@ async def test_no_slot_before_the_ttft_deadline(nats_url: str) -> None:
     async with fleet(nats_url, ttft_timeout_s=0.3) as one:
         await one.add("p", "prefill", *[NO_SLOT] * 1000)
         await one.add("d", "decode")
-        with pytest.raises(Overloaded, match="no prefill instance had a free slot") as caught:
+        with pytest.raises(Overloaded, match=r"no prefill instance can give the first token within 0\.3 s") as caught:
             await one.generate(PROMPT)
         assert caught.value.retry_after_s
 
@@ -361,3 +364,85 @@ async def test_what_an_instance_says_that_was_given_up_is_not_heard(nats_url: st
         assert await one.generate(PROMPT) == expected(PROMPT, 8)
         await coming
         await eventually(lambda: len(late.cancelled) == 2)
+
+
+async def test_each_attempt_asks_for_a_group_of_its_scenario_and_the_weights_it_began_with(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        other = one.make_group("other")
+        await one.add("p1", "prefill")
+        await one.add("d1", "decode", kind=FailsAfter)
+        prefill = await one.add("p2", "prefill", group=other)
+        decode = await one.add("d2", "decode", group=other)
+        asked: list[tuple[str | None, str | None]] = []
+
+        def group_of(scenario: str | None, fingerprint: str | None) -> Group:
+            asked.append((scenario, fingerprint))
+            return one.group if len(asked) == 1 else other
+
+        one.group_of = group_of
+        assert await one.generate(PROMPT, scenario="chat") == expected(PROMPT, 8)
+        assert asked == [("chat", None), ("chat", "f")]
+        assert len(prefill.requests) == len(decode.requests) == 1
+
+
+class FailsAndGoes(Scripted):
+    async def serve(self, request: Request) -> None:
+        self.record = self.record.model_copy(update={"state": "draining"})
+        await self.fail(request)
+
+
+async def test_one_that_has_not_begun_is_bound_to_no_weights(nats_url: str) -> None:
+    async with fleet(nats_url, instance_wait_s=10.0) as one:
+        old = await one.add("p1", "prefill", kind=FailsAndGoes, fingerprint="old")
+        await one.add("d1", "decode", fingerprint="old")
+        await one.add("d2", "decode", fingerprint="new")
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: old.requests)
+        await one.add("p2", "prefill", fingerprint="new")
+        assert await work == expected(PROMPT, 8)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_who_waits_where_nobody_is_left_goes_where_somebody_is(nats_url: str, role: Role) -> None:
+    async with fleet(nats_url, instance_wait_s=60.0, max_attempts=1) as one:
+        other = one.make_group("other")
+        one.group_of = lambda scenario, fingerprint: other if other.serves(fingerprint) else one.group
+        await one.add("p1", "prefill", *[NO_SLOT] * (10_000 if role == "prefill" else 0))
+        await one.add("d1", "decode", *[NO_SLOT] * 10_000)
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: one.group.line(role).num_waiting == 1)
+        await one.add("p2", "prefill", group=other)
+        await one.add("d2", "decode", group=other)
+        await one.bus.flush()
+        assert not work.done()
+        del one.instances["d1"]
+        assert await work == expected(PROMPT, 8)
+        assert one.group.traffic().num_done == 1
+        assert one.group.traffic().open == other.traffic().num_arrived == 0
+
+
+async def test_a_group_counts_what_its_requests_do(nats_url: str) -> None:
+    async with fleet(nats_url, ttft_timeout_s=0.2) as one:
+        await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=FailsAfter)
+        one.set_objective(ttft_s=60.0)
+        await one.generate(PROMPT)
+        one.set_objective(ttft_s=1e-9)
+        await one.generate(PROMPT, max_tokens=4, priority="batch")
+        decode.answers = [NO_SLOT] * 10_000
+        waiting = asyncio.create_task(one.generate(PROMPT, priority="batch"))
+        await eventually(lambda: one.group.traffic().waiting_decode == 1)
+        now = one.group.traffic()
+        assert (now.open, now.waiting_prefill, now.num_arrived, now.num_done) == (1, 0, 3, 2)
+        assert (now.num_first_tokens, now.num_in_time) == (3, 1)
+        assert (now.prompt_tokens, now.output_tokens) == (2 * len(PROMPT), 8 + 4)
+        assert now.ttft_s > 0
+        assert now.e2e_s > 0
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        one.instances["p"].answers = [NO_SLOT] * 10_000
+        one.set_objective(None)
+        with pytest.raises(Overloaded):
+            await one.generate(PROMPT)
+        after = one.group.traffic()
+        assert (after.open, after.waiting_decode, after.num_arrived, after.num_done, after.num_shed) == (0, 0, 4, 2, 1)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from shared.registry.records import Role as RoleName
 from tests.engine.models import Served, prompt_of
-from tests.instance.world import World, world
+from tests.instance.world import FOREVER, GATEWAYS, PATIENT_S, Request, World, world
 
 MAX_TOKENS = 30
 PREFIX = prompt_of(26)
@@ -21,55 +22,110 @@ PROMPTS = [
     prompt_of(24, seed=4),
     prompt_of(40, seed=5),
 ]
+CANARY_PROMPT = prompt_of(6)
 SMALL = {"prefill_blocks": 14, "decode_blocks": 10}
 """Of 8 tokens: one request of 40 + 30 tokens takes 9 of them."""
 
 
 @pytest.fixture(scope="module")
 def answers(small_blocks: Served) -> list[list[int]]:
-    """The greedy continuation of each prompt."""
-    return [small_blocks.greedy(prompt, MAX_TOKENS) for prompt in PROMPTS]
+    """The greedy continuation of each prompt, and of the canary's."""
+    return [small_blocks.greedy(prompt, MAX_TOKENS) for prompt in (*PROMPTS, CANARY_PROMPT)]
 
 
-def arrive(one: World, answers: list[list[int]], prompt: int, num_tokens: int) -> None:
-    one.arrive(PROMPTS[prompt], answers[prompt][:num_tokens])
+def arrive(one: World, answers: list[list[int]], prompt: int, num_tokens: int, *, is_local: bool = False) -> Request:
+    return one.arrive(PROMPTS[prompt], answers[prompt][:num_tokens], is_local=is_local)
 
 
-ARRIVAL = st.tuples(
-    st.just("arrive"), st.integers(0, len(PROMPTS) - 1), st.sampled_from([1, 2, 9, 17, 25, MAX_TOKENS, MAX_TOKENS])
-)
-CANCEL = st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0))
-GOES_ON = st.sampled_from(["all", "all", "all", "step_prefill", "step_decode", "transfer", "expire"]).map(
-    lambda name: (name, 0, 0)
-)
-EVENTS = st.lists(st.one_of(ARRIVAL, ARRIVAL, CANCEL, *[GOES_ON] * 5), min_size=20, max_size=80)
+TOKENS = (1, 2, 9, 17, 25, MAX_TOKENS, MAX_TOKENS)
+ORDERS: list[tuple[int, RoleName | None, float]] = [
+    *[(1, "decode", 0.0)] * 4,
+    *[(2, "decode", 0.0)] * 3,
+    *[(0, "prefill", 0.0)] * 2,
+    (0, "decode", 0.0),
+    (1, "prefill", 0.0),
+    (2, "prefill", 0.0),
+    (0, "decode", PATIENT_S),
+    (1, "prefill", PATIENT_S),
+    (2, None, 0.0),
+]
+"""Which instance is to play what from now on, and for how long requests may end by themselves. A role may follow
+itself."""
+CALM = [*["arrive"] * 6, *["cancel"] * 2, *["all"] * 12]
+CALM += ["step_prefill", "step_decode", "step_third", "transfer", "transfer", "expire"]
+FAULTS = ["a_transfer_breaks", "bus_came_back", "deadline", "gateway_is_gone", "drain_third"]
+WILD = [*CALM, "arrive", "arrive", "canary", *["order"] * 7, *FAULTS]
+
+Event = tuple[str, int, int | None]
+"""What happens, to whom, and how many turns other tasks have after it; None is as many as they want."""
+
+
+def events(names: list[str]) -> st.SearchStrategy[list[Event]]:
+    pause = st.sampled_from([None, None, None, None, None, 0, 1, 2, 3])
+    return st.lists(st.tuples(st.sampled_from(names), st.integers(0, 999), pause), min_size=20, max_size=80)
+
+
+async def happen(one: World, answers: list[list[int]], name: str, number: int) -> None:
+    instance = one.instances[number % len(one.instances)]
+    if name == "arrive":
+        rest, prompt = divmod(number, len(PROMPTS))
+        arrive(one, answers, prompt, TOKENS[rest % len(TOKENS)], is_local=rest // len(TOKENS) % 4 == 0)
+    elif name == "canary":
+        one.arrive(CANARY_PROMPT, answers[-1][:3], is_canary=True)
+    elif name == "cancel":
+        open_requests = [request for request in one.requests if not request.is_over]
+        if open_requests:
+            one.cancel(open_requests[number % len(open_requests)])
+    elif name == "order":
+        which, role, patience_s = ORDERS[number % len(ORDERS)]
+        one.instances[which].order(role, patience_s)
+    elif name == "bus_came_back":
+        instance.bus_came_back()
+    elif name == "deadline":
+        instance.sweep(FOREVER)
+    elif name == "gateway_is_gone":
+        one.gateway_is_gone(GATEWAYS[number % len(GATEWAYS)])
+    elif name == "drain_third":
+        one.drain_third()
+    elif name == "all":
+        for what in (one.step_prefill, one.transfer, one.step_decode, one.step_third):
+            await what()
+    else:
+        step: Callable[[], Awaitable[None]] = getattr(one, name)
+        await step()
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(events=EVENTS, prefix_cache=st.sampled_from([True, True, True, False]))
+@given(
+    happens=st.sampled_from([CALM, WILD, WILD]).flatmap(events),
+    prefix_cache=st.sampled_from([True, True, True, False]),
+    stall_timeout_s=st.sampled_from([PATIENT_S, PATIENT_S, 1e-6]),
+)
 def test_any_order_of_events(
-    small_blocks: Served, answers: list[list[int]], events: list[tuple[str, int, int]], prefix_cache: bool
+    small_blocks: Served,
+    answers: list[list[int]],
+    happens: list[Event],
+    prefix_cache: bool,
+    stall_timeout_s: float,
 ) -> None:
+    wishes = {"prefix_cache": prefix_cache, "stall_timeout_s": stall_timeout_s, "drain_timeout_s": 1e-6, **SMALL}
+
     async def live() -> None:
-        async with world(small_blocks, prefix_cache=prefix_cache, **SMALL) as one:
-            for name, first, second in events:
-                open_requests = [request for request in one.requests if not request.is_over]
-                if name == "arrive":
-                    arrive(one, answers, first, second)
-                elif name == "cancel":
-                    if open_requests:
-                        await one.cancel(open_requests[first % len(open_requests)])
-                elif name == "all":
-                    for what in (one.step_prefill, one.transfer, one.step_decode):
-                        await what()
-                else:
-                    step: Callable[[], Awaitable[None]] = getattr(one, name)
-                    await step()
+        async with world(small_blocks, **wishes) as one:
+            for name, number, pause in happens:
+                await happen(one, answers, name, number)
                 await one.ask()
-                await one.settle()
+                if pause is None:
+                    await one.settle()
+                else:
+                    for _ in range(pause):
+                        await asyncio.sleep(0)
+                    one.check()
             await one.finish()
             event(f"{min(len(one.preempted), 3)} preempted")
             event(f"{min(sum(any(request.cached) for request in one.requests), 3)} found something in the cache")
+            event(f"{min(sum(request.num_moves for request in one.requests), 3)} moved")
+            event(f"{min(len(one.hints), 3)} told that there is room")
 
     asyncio.run(live())
 
@@ -164,9 +220,9 @@ def test_a_transfer_that_breaks_leaves_nothing_behind(small_blocks: Served, answ
                 await one.ask()
                 await one.step_prefill()
                 await one.settle()
-            await one.cancel(first)
+            one.cancel(first)
             await one.settle()
-            assert one.decode.parts.cache.num_cached == 0
+            assert one.decode.cache.num_cached == 0
             second = one.arrive(PROMPTS[6], answers[6])
             while second.where != "decodes":
                 await one.ask()
@@ -174,7 +230,7 @@ def test_a_transfer_that_breaks_leaves_nothing_behind(small_blocks: Served, answ
                 await one.settle()
             one.holder.release(next(iter(one.holder.leases)))
             await one.transfer()
-            assert one.decode.parts.cache.num_cached == 0
+            assert one.decode.cache.num_cached == 0
             assert (second.attempt, second.where) == (1, "waits for prefill")
 
     asyncio.run(live())

@@ -1,52 +1,83 @@
-"""A prefill and a decode instance without bus, sockets and threads: real roles, engines and pools in one event loop.
+"""Instances without bus, sockets and threads: real roles, assignments, engines and pools in one event loop.
 
-What is between them is simulated, one deterministic step at a time. The gateway of this world checks every token as it
+What is between them is simulated, one deterministic step at a time. The gateways of this world check every token as it
 comes.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from opentelemetry.context import Context
+from pydantic import BaseModel
 
 from services.decode.role import DecodeRole
 from services.prefill.role import PrefillRole
-from shared.bus.messages import Cancel, DecodeRequest, KVLease, OutputToken, Prefilled, PrefillRequest
+from shared.bus.messages import (
+    Answer,
+    Assign,
+    Assigned,
+    Cancel,
+    DecodeRequest,
+    Failed,
+    Free,
+    KVLease,
+    Moved,
+    OutputToken,
+    Prefilled,
+    PrefillRequest,
+    StepTokens,
+)
 from shared.engine.engine import Engine
 from shared.engine.pool import KVPool
 from shared.engine.prefix_cache import PrefixCache
+from shared.engine.sequence import NewToken
 from shared.engine.sequence import Sequence as EngineSequence
 from shared.engine.staging import staging_of
-from shared.errors import RequestError
-from shared.instance.role import InstanceParts, Role
+from shared.errors import DeadlineExceeded, RequestError
+from shared.instance.assignment import Assignment
+from shared.instance.body import Body
+from shared.instance.outbox import Outbox
+from shared.instance.role import Held, InstanceParts, Role
 from shared.kv import wire
 from shared.kv.holder import Lease
+from shared.registry.records import Role as RoleName
 from shared.sampling import SamplingParams
 from shared.settings import InstanceSettings
 from tests.engine.models import Served
 
-GATEWAY = "g"
+GATEWAYS = ("g", "h")
+GROUP = "one"
 FOREVER = 1e12
+PATIENT_S = 1000.0
 
 
 @dataclass(eq=False)
 class Request:
-    """A request of the simulated gateway, and how far it has come."""
+    """A request of a simulated gateway, and how far it has come."""
 
     name: str
+    gateway_id: str
     prompt: list[int]
     expected: list[int]
     arrived_at: float
+    is_canary: bool = False
+    is_local: bool = False
+    """A decode instance is to compute its prompt, too, where one has room."""
     tokens: list[int] = field(default_factory=list)
     attempt: int = 0
     where: str = "waits for prefill"
     lease: KVLease | None = None
+    source: "Instance | None" = None
+    """Who has the KV, until it is known that another fetched it."""
+    holders: "set[Instance]" = field(default_factory=set)
+    """Who may hold something of it: they are heard, and told to cancel."""
     cached: list[int] = field(default_factory=list)
     """How many tokens were cached, for each prefill."""
+    num_moves: int = 0
 
     @property
     def request_id(self) -> str:
@@ -56,10 +87,12 @@ class Request:
     def is_over(self) -> bool:
         return self.where in ("done", "cancelled")
 
-    def retake(self) -> None:
-        self.attempt += 1
-        self.lease = None
-        self.where = "waits for prefill"
+    @property
+    def waits_for(self) -> list[RoleName]:
+        """The roles of which an instance may take it, the best first."""
+        if self.where == "waits for prefill":
+            return ["decode", "prefill"] if self.is_local and not self.tokens else ["prefill"]
+        return ["decode"] if self.where == "waits for decode" else []
 
 
 class Message:
@@ -68,8 +101,9 @@ class Message:
     reply_to = ""
     deadline = FOREVER
     trace_context = Context()
+    nobody_listens = True
 
-    def __init__(self, content: object) -> None:
+    def __init__(self, content: object = None) -> None:
         self.content = content
 
     def parse(self, kind: type) -> Any:
@@ -78,22 +112,24 @@ class Message:
 
 
 class Runner:
-    """An engine that steps when it is told to."""
+    """An engine that steps when it is told to, and once more while it is asked to let go of requests."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, step: Callable[[], None]) -> None:
         self.engine = engine
+        self._step = step
 
     def add(self, sequence: EngineSequence) -> None:
         self.engine.add(sequence)
 
     async def remove(self, request_ids: Iterable[str]) -> None:
         await asyncio.sleep(0)
+        self._step()
         for request_id in request_ids:
             self.engine.remove(request_id)
 
 
 class Holder:
-    """Leases, without a server."""
+    """The leases of all instances, without a server."""
 
     host, port = "h", 1
 
@@ -105,16 +141,23 @@ class Holder:
 
     def release(self, lease_id: str, *, fetched: bool = False) -> None:
         lease = self.leases.pop(lease_id, None)
-        if lease is not None:
+        if lease is None:
+            return
+        lease.ended = True
+        if not lease.on_wire:
             lease.let_go(fetched)
 
 
 class Fetcher:
-    """Copies KV from the holder when it is told to. Until then the destination holds what nobody may read."""
+    """Copies KV from the holder when it is told to. Until then the destination holds what nobody may read.
+
+    Holders hear only later that it was fetched.
+    """
 
     def __init__(self, holder: Holder) -> None:
         self.holder = holder
-        self.waiting: list[asyncio.Event] = []
+        self.waiting: list[asyncio.Future[None]] = []
+        self.fetched: list[Lease] = []
         self.num_bytes = 0
 
     async def fetch(
@@ -122,15 +165,15 @@ class Fetcher:
     ) -> None:
         for view in views:
             view[:] = b"\xff" * len(view)  # NaN
-        going = asyncio.Event()
+        going: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.waiting.append(going)
         try:
-            await going.wait()
+            await going
         finally:
             self.waiting.remove(going)
         source = self.holder.leases.get(lease.lease_id)
-        if source is None:
-            raise wire.TransferFailed("no such lease")
+        if source is None or source.on_wire:
+            raise wire.TransferFailed("no such lease, or another fetches it")
         parcel = source.export(skip_blocks)
         await parcel.settle()
         data = b"".join(parcel.views)
@@ -138,16 +181,168 @@ class Fetcher:
         for view in views:
             view[:], data = data[: len(view)], data[len(view) :]
             self.num_bytes += len(view)
-        self.holder.release(lease.lease_id, fetched=True)
+        source.on_wire = True
+        self.fetched.append(source)
+
+    def go(self, *, breaks: bool = False) -> None:
+        """The oldest transfer comes to its end, or breaks."""
+        going = next((one for one in self.waiting if not one.done()), None)
+        if going is not None and breaks:
+            going.set_exception(wire.TransferFailed("it broke"))
+        elif going is not None:
+            going.set_result(None)
+
+    def acknowledge(self) -> None:
+        """Holders hear of what was fetched."""
+        fetched, self.fetched = self.fetched, []
+        for lease in fetched:
+            lease.on_wire = False
+            if lease.ended:
+                lease.let_go(True)
+            else:
+                self.holder.release(lease.lease_id, fetched=True)
 
     def close(self) -> None:
         pass
 
 
-class World:
-    """Both instances, and the gateway: it is the outbox of both."""
+class Decode(DecodeRole):
+    """The real one, which is watched for whom it gives up."""
 
-    instance_id = "i"
+    def end(self, held: Held, error: RequestError | None = None, *, counts: bool = True) -> None:
+        if error is not None and "the KV pool is full" in error.message:
+            assert not counts
+            ages = [one.reservation.arrived_at for one in self._held.values()]
+            assert held.reservation.arrived_at == max(ages), "an older one was given up"
+        super().end(held, error, counts=counts)
+
+
+KINDS: dict[RoleName, type[Role]] = {"prefill": PrefillRole, "decode": Decode}
+
+
+class Instance:
+    """What is a process elsewhere: a pool, an engine, and the roles that it plays one after another."""
+
+    def __init__(self, world: "World", name: str, num_blocks: int, tasks: asyncio.TaskGroup) -> None:
+        loaded = world.served.loaded
+        pool = KVPool(loaded.layout, num_blocks)
+        pool.data.fill_(float("nan"))
+        self.name = name
+        self.engine = Engine(loaded, pool, max_step_tokens=20)
+        self.cache = PrefixCache(num_blocks, loaded.layout.block_size, enabled=world.settings.prefix_cache)
+        self.body = Body(
+            settings=world.settings,
+            model_path="",
+            loaded=loaded,
+            max_model_len=loaded.max_position_embeddings,
+            engine=self.engine,
+            pool=pool,
+            staging=staging_of(pool),
+            cache=self.cache,
+            runner=Runner(self.engine, self.step),  # type: ignore[arg-type]
+            holder=world.holder,  # type: ignore[arg-type]
+        )
+        self.assignment = Assignment(world.settings, tasks, self._make_role, self._change_body, self._announce)
+        self.outbox = Outbox(world, name)  # type: ignore[arg-type]
+        self._world = world
+        self._tasks = tasks
+        self.telling = tasks.create_task(self.body.tell_tokens(self._tell))
+
+    @property
+    def role(self) -> Role:
+        assert self.assignment.role is not None
+        return self.assignment.role
+
+    @property
+    def held(self) -> list[Held]:
+        """What all its roles hold."""
+        return [held for role in self.assignment.roles for held in role._held.values()]
+
+    def plays(self, role: RoleName) -> bool:
+        """Whether gateways may ask it for that."""
+        return self.assignment.state == "ready" and self.role.verb == role
+
+    def order(self, role: RoleName | None, patience_s: float | None = 0.0) -> Assigned:
+        post = self.assignment
+        state = post.state
+        assign = Assign(term=1, epoch=post.epoch + 1, role=role, group=GROUP if role else None, patience_s=patience_s)
+        answer = post.order(assign)
+        assert answer.reason == {"changing": "busy", "draining": "draining"}.get(state)
+        return answer
+
+    def step(self) -> None:
+        if self.engine.has_work:
+            [verb] = {role.verb for role in self.assignment.roles if role.is_computing}
+            prompts = {held.request_id for held in self.held if held.computes_prompt}
+            for sequence in self.engine._sequences.values() if verb == "decode" else ():
+                assert sequence.num_uncomputed_tokens == 1 or sequence.request_id in prompts, "a prefill again"
+            self.body._steps.put_nowait(self.engine.step())
+
+    def hear(self, verb: str, key: str = "", content: object = None) -> None:
+        for role in self.assignment.roles:
+            role.handle(verb, key, Message(content))  # type: ignore[arg-type]
+
+    def bus_came_back(self) -> None:
+        self._tasks.create_task(self.outbox.bus_came_back())
+        for role in self.assignment.roles:
+            role.bus_came_back()
+
+    def sweep(self, now: float) -> None:
+        for role in self.assignment.roles:
+            role.sweep(now)
+
+    def check(self) -> None:
+        """The pool's accounting is exact."""
+        allocations = [held.reservation.allocation.blocks for held in self.held]
+        used = {block for blocks in allocations for block in blocks}
+        assert self.cache.num_free == self.cache.num_blocks - len(used)
+        assert not used & self.cache._cached.keys()
+        assert sum(self.cache._references.values()) == sum(map(len, allocations))
+        if self.assignment.role is not None:
+            used_slots = sum(not self._world.is_canary(one) for one in self.role._held)
+            assert used_slots <= self.role.slots_total
+            assert self.held or len(self.role._refused) < len(GATEWAYS), "nobody was told that there is room"
+
+    async def _make_role(self, name: RoleName) -> Role:
+        await asyncio.sleep(0)
+        body = self.body
+        role = KINDS[name](
+            InstanceParts(
+                settings=body.settings,
+                instance_id=self.name,
+                epoch=lambda: self.assignment.epoch,
+                group=lambda: self.assignment.group or "",
+                accepting=lambda: self.assignment.state == "ready",
+                loaded=body.loaded,
+                max_model_len=body.max_model_len,
+                staging=body.staging,
+                cache=body.cache,
+                runner=body.runner,
+                holder=body.holder,
+                outbox=self.outbox,
+                tasks=self._tasks,
+                told=body.told,
+                work=self.engine.work.snapshot,
+                room_came_free=self.assignment.room_came_free,
+            )
+        )
+        if isinstance(role, DecodeRole):
+            role._fetcher = self._world.fetcher  # type: ignore[assignment]
+        return role
+
+    async def _change_body(self, model_path: str) -> None:
+        raise AssertionError("there is one model in this world")
+
+    async def _announce(self) -> None:
+        await asyncio.sleep(0)
+
+    async def _tell(self, tokens: list[NewToken]) -> None:
+        for role in self.assignment.roles:
+            await role.on_tokens(tokens)
+
+
+class World:
+    """Three instances, of which the last has no role at first, and the gateways: it is the bus of all."""
 
     def __init__(
         self, served: Served, tasks: asyncio.TaskGroup, *, prefill_blocks: int, decode_blocks: int, **settings: object
@@ -158,64 +353,99 @@ class World:
         )
         self.requests: list[Request] = []
         self.preempted: list[str] = []
+        self.refusals: Counter[tuple[str, str, str]] = Counter()
+        """For want of room: by instance, role and gateway."""
+        self.hints: list[tuple[str, str, str]] = []
+        """Who was told that there is room again, likewise."""
         self.holder = Holder()
-        self.prefill_engine, self.prefill = self._play(PrefillRole, prefill_blocks, tasks)
-        self.decode_engine, self.decode = self._play(DecodeRole, decode_blocks, tasks)
         self.fetcher = Fetcher(self.holder)
-        self.decode._fetcher = self.fetcher  # type: ignore[attr-defined]
+        self._tasks = tasks
+        self.prefill = Instance(self, "prefill", prefill_blocks, tasks)
+        self.decode = Instance(self, "decode", decode_blocks, tasks)
+        self.third = Instance(self, "third", decode_blocks, tasks)
+        self.instances = (self.prefill, self.decode, self.third)
+        self.draining: asyncio.Task[None] | None = None
+        self._staff()
 
-    def _play(self, kind: type[Role], num_blocks: int, tasks: asyncio.TaskGroup) -> tuple[Engine, Role]:
-        layout = self.served.loaded.layout
-        pool = KVPool(layout, num_blocks)
-        pool.data.fill_(float("nan"))
-        engine = Engine(self.served.loaded, pool, max_step_tokens=20)
-        parts = SimpleNamespace(
-            settings=self.settings,
-            instance_id=self.instance_id,
-            epoch=lambda: 1,
-            draining=lambda: False,
-            loaded=self.served.loaded,
-            staging=staging_of(pool),
-            cache=PrefixCache(num_blocks, layout.block_size, enabled=self.settings.prefix_cache),
-            runner=Runner(engine),
-            holder=self.holder,
-            outbox=self,
-            tasks=tasks,
-        )
-        assert vars(parts).keys() == InstanceParts.__dataclass_fields__.keys()
-        return engine, kind(parts)  # type: ignore[arg-type]
+    # What instances tell gateways.
 
-    # What instances tell the gateway.
-
-    async def prefilled(self, gateway_id: str, event: Prefilled) -> None:
+    async def publish(self, subject: str, event: BaseModel, *, tell_if_gone: str = "") -> None:
         await asyncio.sleep(0)
-        request = self._open(event.token.request_id)
+        gateway_id = subject.split(".")[3]
+        if isinstance(event, Prefilled):
+            self._prefilled(event)
+        elif isinstance(event, StepTokens):
+            for token in event.tokens:
+                self._generated(event.instance_id, token)
+        elif isinstance(event, Moved):
+            self._moved(event)
+        elif isinstance(event, Failed):
+            self._failed(event)
+        elif isinstance(event, Free):
+            self.hints.append((event.instance_id, event.role, gateway_id))
+            assert self.hints.count(self.hints[-1]) <= self.refusals[self.hints[-1]], "told without a refusal"
+            assert event.group == GROUP
+        else:
+            raise AssertionError(event)
+
+    def _prefilled(self, event: Prefilled) -> None:
+        request, instance = self._heard(event.instance_id, event.token.request_id)
+        if request is None:
+            return
+        assert request.where == "is prefilled"
+        request.cached.append(event.num_cached_tokens)
+        request.lease = event.lease
+        request.source = instance
+        request.where = "waits for decode"
+        self._take_token(request, event.token)
+
+    def _generated(self, instance_id: str, token: OutputToken) -> None:
+        request, instance = self._heard(instance_id, token.request_id)
         if request is not None:
-            request.cached.append(event.num_cached_tokens)
-            request.lease = event.lease
-            request.where = "waits for decode"
-            self._take_token(request, event.token)
+            self._was_fetched(request, instance)
+            if token.num_cached_tokens is not None:
+                request.cached.append(token.num_cached_tokens)
+            self._take_token(request, token)
 
-    async def tokens(self, gateway_id: str, tokens: Iterable[OutputToken]) -> None:
-        await asyncio.sleep(0)
-        for token in tokens:
-            request = self._open(token.request_id)
-            if request is not None:
-                self._take_token(request, token)
+    def _moved(self, event: Moved) -> None:
+        request, instance = self._heard(event.instance_id, event.request_id)
+        if request is None:
+            return
+        self._was_fetched(request, instance)
+        assert request.where == "decodes"
+        assert event.lease.num_tokens == len(request.prompt) + len(request.tokens) - 1, "all tokens came before"
+        request.lease = event.lease
+        request.source = instance
+        request.where = "waits for decode"
+        request.num_moves += 1
 
-    async def failed(self, gateway_id: str, request_id: str, error: RequestError, *, counts: bool) -> None:
-        request = self._open(request_id)
-        if request is not None and "the KV pool is full" in error.message:
-            assert not counts
+    def _failed(self, event: Failed) -> None:
+        instance = self._named(event.instance_id)
+        request = self._open(event.request_id)
+        if request is None or instance not in request.holders:
+            return
+        if "the KV pool is full" in event.error.message:
             self.preempted.append(request.name)
-            held = [one for one in self.requests if one.where == "decodes"]
-            assert request.arrived_at == max(one.arrived_at for one in held), "an older one was given up"
-        await asyncio.sleep(0)
-        if request is not None and request.request_id == request_id and not request.is_over:
-            request.retake()
+        if event.error.code == DeadlineExceeded.code:
+            self._end(request, "cancelled")
+        else:
+            self._retake(request)
 
-    def _open(self, request_id: str) -> Request | None:
-        return next((one for one in self.requests if one.request_id == request_id and not one.is_over), None)
+    def _heard(self, instance_id: str, request_id: str) -> tuple[Request | None, Instance]:
+        """Whose event it is; None, and it is cancelled, if the gateway is done with that attempt."""
+        instance = self._named(instance_id)
+        request = self._open(request_id)
+        if request is None or instance not in request.holders:
+            instance.hear("cancel", content=Cancel(request_ids=[request_id]))
+            return None, instance
+        return request, instance
+
+    def _was_fetched(self, request: Request, instance: Instance) -> None:
+        """Decode has begun: the cancel is for a slot whose acknowledgement got lost."""
+        source, request.source = request.source, None
+        if source is not None and source is not instance:
+            request.holders.discard(source)
+            source.hear("cancel", content=Cancel(request_ids=[request.request_id]))
 
     def _take_token(self, request: Request, token: OutputToken) -> None:
         assert token.index == len(request.tokens), "tokens come one after another"
@@ -223,101 +453,189 @@ class World:
         request.tokens.append(token.token_id)
         assert (token.finish_reason is not None) == (len(request.tokens) == len(request.expected))
         if token.finish_reason is not None:
-            request.where = "done"
+            self._end(request, "done")
 
-    # What the gateway does.
+    def _open(self, request_id: str) -> Request | None:
+        return next((one for one in self.requests if one.request_id == request_id and not one.is_over), None)
 
-    def arrive(self, prompt: list[int], expected: list[int]) -> Request:
+    def _named(self, instance_id: str) -> Instance:
+        return next(one for one in self.instances if one.name == instance_id)
+
+    # What gateways do.
+
+    def arrive(
+        self, prompt: list[int], expected: list[int], *, is_canary: bool = False, is_local: bool = False
+    ) -> Request:
         number = len(self.requests)
-        request = Request(f"r{number}", prompt, expected, float(number))
+        gateway_id = "controller" if is_canary else GATEWAYS[number % len(GATEWAYS)]
+        request = Request(f"r{number}", gateway_id, prompt, expected, float(number), is_canary, is_local)
         self.requests.append(request)
         return request
 
-    async def cancel(self, request: Request) -> None:
-        request.where = "cancelled"
-        for role in (self.prefill, self.decode):
-            await role.handle("cancel", "", Message(Cancel(request_ids=[request.request_id])))  # type: ignore[arg-type]
+    def is_canary(self, request_id: str) -> bool:
+        return self.requests[int(request_id[1:].split(".")[0])].is_canary
+
+    def cancel(self, request: Request) -> None:
+        self._end(request, "cancelled")
+
+    def gateway_is_gone(self, gateway_id: str) -> None:
+        """Instances that still speak to it learn of it; what it had is over."""
+        for request in self.requests:
+            if request.gateway_id == gateway_id and not request.is_over:
+                request.where = "cancelled"
+        for instance in self.instances:
+            instance.hear("gone", gateway_id)
 
     async def ask(self) -> None:
         """Asks for whom nobody works: those that have begun first, as the gateway's lines do."""
         for request in sorted(self.requests, key=lambda one: (not one.tokens, one.arrived_at)):
-            if request.where in ("waits for prefill", "waits for decode"):
-                await self._ask(request)
+            for role in request.waits_for:
+                if await self._ask(request, role):
+                    break
 
-    async def _ask(self, request: Request) -> None:
+    async def _ask(self, request: Request, role: RoleName) -> bool:
+        """Whether an instance has accepted."""
+        playing = [one for one in self.instances if one.assignment.role and one.role.verb == role]
+        for instance in sorted(playing, key=lambda one: one.role.slots_used):
+            request.holders.add(instance)
+            message = Message(self._message(request, role, instance))
+            answer: Answer = await instance.role.take(message)  # type: ignore[arg-type]
+            if answer.accepted:
+                assert instance.plays(role)
+                request.where = "is prefilled" if role == "prefill" else "decodes"
+                return True
+            if instance is not request.source:
+                request.holders.discard(instance)
+            if instance.plays(role):
+                assert answer.reason in ("no_slot", "no_blocks"), answer
+                assert not (request.is_canary and answer.reason == "no_slot")
+                self.refusals[instance.name, role, request.gateway_id] += not request.is_canary
+            else:
+                assert answer.reason == "draining"
+        return False
+
+    def _message(self, request: Request, role: RoleName, instance: Instance) -> PrefillRequest | DecodeRequest:
         common = {
             "request_id": request.request_id,
-            "gateway_id": GATEWAY,
-            "epoch": 1,
+            "gateway_id": request.gateway_id,
+            "epoch": instance.assignment.epoch,
             "fingerprint": self.served.loaded.fingerprint,
             "token_ids": request.prompt + request.tokens,
             "num_prompt_tokens": len(request.prompt),
             "sampling": SamplingParams(max_tokens=len(request.expected), temperature=0.0),
             "arrived_at": request.arrived_at,
+            "is_canary": request.is_canary,
         }
-        if request.where == "waits for prefill":
-            answer = await self.prefill.take(Message(PrefillRequest.model_validate(common)))  # type: ignore[arg-type]
-            next_place = "is prefilled"
-        else:
-            asked = DecodeRequest.model_validate({**common, "lease": request.lease})
-            answer = await self.decode.take(Message(asked))  # type: ignore[arg-type]
-            next_place = "decodes"
-        assert answer.reason in (None, "no_slot", "no_blocks", "duplicate"), answer
-        if answer.accepted:
-            request.where = next_place
+        if role == "prefill":
+            return PrefillRequest.model_validate(common)
+        return DecodeRequest.model_validate({**common, "lease": request.lease})
+
+    def _retake(self, request: Request) -> None:
+        self._end(request, "waits for prefill")
+        request.attempt += 1
+
+    def _end(self, request: Request, where: str) -> None:
+        """Whoever may hold something of this attempt is told to let it go."""
+        holders, request.holders = request.holders, set()
+        request.where, request.lease, request.source = where, None, None
+        for instance in holders:
+            instance.hear("cancel", content=Cancel(request_ids=[request.request_id]))
 
     # What time does.
 
     async def step_prefill(self) -> None:
-        if self.prefill_engine.has_work:
-            await self.prefill.on_tokens(self.prefill_engine.step())
+        self.prefill.step()
 
     async def step_decode(self) -> None:
-        if self.decode_engine.has_work:
-            assert all(one.num_uncomputed_tokens == 1 for one in self.decode_engine._sequences.values()), "no prefill"
-            await self.decode.on_tokens(self.decode_engine.step())
+        self.decode.step()
+
+    async def step_third(self) -> None:
+        self.third.step()
 
     async def transfer(self) -> None:
-        """The oldest transfer that is under way comes to its end."""
-        if self.fetcher.waiting:
-            self.fetcher.waiting[0].set()
+        """Holders hear of the transfers before, and the oldest that is under way comes to its end."""
+        self.fetcher.acknowledge()
+        self.fetcher.go()
+        await self.settle()
+
+    async def a_transfer_breaks(self) -> None:
+        self.fetcher.go(breaks=True)
         await self.settle()
 
     async def expire(self) -> None:
         """The oldest lease ends; if nobody is fetching it, the gateway takes its request again."""
-        waiting = [one for one in self.requests if one.where == "waits for decode"]
-        if waiting:
-            assert waiting[0].lease is not None
-            self.holder.release(waiting[0].lease.lease_id)
-            waiting[0].retake()
+        if self.holder.leases:
+            lease_id = next(iter(self.holder.leases))
+            self.holder.release(lease_id)
+            for request in self.requests:
+                if request.where == "waits for decode" and request.lease and request.lease.lease_id == lease_id:
+                    self._retake(request)
+
+    def drain_third(self) -> None:
+        """The process of the third instance ends."""
+        if self.draining is None:
+            self.draining = self._tasks.create_task(self._drain_third())
+
+    async def _drain_third(self) -> None:
+        await self.third.assignment.drain()
+        assert not self.third.held or self.settings.stall_timeout_s < PATIENT_S
 
     async def settle(self) -> None:
-        """Lets all tasks run that can."""
-        for _ in range(12):
+        """Lets all tasks run until none can."""
+        await asyncio.sleep(0)
+        while self.is_busy:  # noqa: ASYNC110 - what is waited for is that nothing happens any more
             await asyncio.sleep(0)
         self.check()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task can run."""
+        return bool(asyncio.get_running_loop()._ready)  # type: ignore[attr-defined]
+
     def check(self) -> None:
-        """The pools' accounting is exact."""
-        for role in (self.prefill, self.decode):
-            cache = role.parts.cache
-            used = {block for held in role._held.values() for block in held.reservation.allocation.blocks}
-            assert cache.num_free == cache.num_blocks - len(used)
-            assert not used & cache._cached.keys()
-            assert sum(cache._references.values()) == sum(
-                len(held.reservation.allocation.blocks) for held in role._held.values()
-            )
+        for instance in self.instances:
+            instance.check()
+        computing = Counter(
+            held.request_id
+            for instance in self.instances
+            for held in instance.held
+            if held.lease_id is None and not held.ending
+        )
+        assert all(count == 1 for count in computing.values()), "two work for one request"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every request is over, nothing is held, and nobody is on the way to another role."""
+        return (
+            all(one.is_over for one in self.requests)
+            and not any(one.held or one.assignment.left for one in self.instances)
+            and not any(one.assignment.state == "changing" for one in self.instances)
+            and (self.draining is None or self.draining.done())
+        )
 
     async def finish(self, max_rounds: int = 3000) -> None:
-        """Goes on until every request is over and nothing is held."""
+        """Goes on until all is over; where nothing goes on, leases end."""
+        before: list[object] = []
         for _ in range(max_rounds):
-            if all(one.is_over for one in self.requests) and not self.prefill.slots_used + self.decode.slots_used:
+            if self.is_over:
                 return
+            self._staff()
             await self.ask()
-            await self.step_prefill()
-            await self.step_decode()
+            for instance in self.instances:
+                instance.step()
             await self.transfer()
+            now = [(one.where, one.attempt, len(one.tokens)) for one in self.requests]
+            if now == before and not any(one.engine.has_work for one in self.instances):
+                await self.expire()
+                await self.settle()
+            before = list(now)
         raise AssertionError(f"they do not come to an end: {[(one.name, one.where) for one in self.requests]}")
+
+    def _staff(self) -> None:
+        """Sees to it that there is somebody for each role."""
+        for instance, role in ((self.prefill, "prefill"), (self.decode, "decode")):
+            if instance.assignment.state != "changing" and not instance.plays(role):  # type: ignore[arg-type]
+                instance.order(role, PATIENT_S)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -325,11 +643,16 @@ async def world(served: Served, **wishes: Any) -> AsyncIterator[World]:
     """A world in which, at the end, every request has its tokens, and every block is free or cached."""
     async with asyncio.TaskGroup() as tasks:
         made = World(served, tasks, **wishes)
+        await made.settle()
         yield made
         await made.finish()
-    for role, engine in ((made.prefill, made.prefill_engine), (made.decode, made.decode_engine)):
-        assert role.parts.cache.num_free == role.parts.cache.num_blocks
-        assert not role.parts.cache._references
-        assert not engine.has_work
+        for instance in made.instances:
+            instance.telling.cancel()
+    for instance in made.instances:
+        assert instance.cache.num_free == instance.cache.num_blocks
+        assert not instance.cache._references
+        assert not instance.engine.has_work
+        assert not instance.assignment.left
     assert not made.holder.leases
+    assert not made.fetcher.waiting
     assert all(one.tokens == one.expected for one in made.requests if one.where == "done")

@@ -11,7 +11,7 @@ import pytest
 from shared.bus.messages import KVLease
 from shared.errors import TransferFailed
 from shared.kv import wire
-from shared.kv.fetcher import KVFetcher
+from shared.kv.fetcher import KVFetcher, check_path
 from shared.kv.holder import KVHolder, Lease
 from shared.kv.layout import KVLayout, LayerLayout
 from shared.kv.parcel import Parcel
@@ -204,6 +204,48 @@ async def test_a_holder_survives_strangers() -> None:
             connection.close()
         held = Held(holder, pieces(1000))
         await fetcher.fetch(held.ticket, pieces(1000), 5.0)
+
+
+async def test_a_path_is_checked_without_a_lease() -> None:
+    async with holder_and_fetcher() as (holder, fetcher):
+        held = Held(holder, pieces(1000))
+        await check_path(holder.host, holder.port, 5.0)
+        assert held.let_go == []
+        await fetcher.fetch(held.ticket, pieces(1000), 5.0)
+        await eventually(lambda: held.let_go == [True])
+
+
+async def test_a_path_to_nobody_or_to_a_stranger_is_none() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(TransferFailed, match="silent for"):
+            await check_path("127.0.0.1", port, 0.2)
+    with pytest.raises(TransferFailed, match=f"no connection to the KV of 127.0.0.1:{port}"):
+        await check_path("127.0.0.1", port, 5.0)
+    for words, said in (
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "over the limit"),
+        (b"\x00\x00\x00\x02[]", "no KVHeader"),
+    ):
+        async with stranger(words) as port:
+            with pytest.raises(TransferFailed, match=said):
+                await check_path("127.0.0.1", port, 5.0)
+    async with stranger(b"") as port:
+        with pytest.raises(TransferFailed, match=r"closed the connection|broke"):
+            await check_path("127.0.0.1", port, 5.0)
+
+
+@asynccontextmanager
+async def stranger(words: bytes) -> AsyncIterator[int]:
+    """A server that answers with these words, and hangs up."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(words)
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
 
 
 async def connect(holder: KVHolder) -> socket.socket:

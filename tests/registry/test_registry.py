@@ -1,7 +1,9 @@
-"""Records in a real Valkey: written, renewed, read, run out, and what happens while it is away."""
+"""Records, maps and the leader's lease in a real Valkey, and what happens while it is away."""
 
 import asyncio
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -9,8 +11,8 @@ import redis
 from pdserve.servers import Servers
 from shared.errors import RegistryUnavailable
 from shared.registry import keys, registry
-from shared.registry.records import GatewayRecord
-from shared.registry.registry import Registry
+from shared.registry.records import GatewayRecord, GroupMap, Member, Traffic
+from shared.registry.registry import Lead, Registry
 from tests.harness import eventually
 from tests.registry.test_view import record
 
@@ -21,10 +23,13 @@ GATEWAY = GatewayRecord(
     version="0",
     started_at=0,
     address="a",
-    group="default",
-    open_requests=0,
-    waiting_requests=0,
+    open_requests=3,
+    waiting_requests=1,
+    traffic={"default": Traffic(open=3, waiting_prefill=1, num_arrived=7, ttft_s=0.5)},
 )
+MEMBER = Member(instance_id="p1", role="prefill", epoch=3, fingerprint="f", kv_host="h", kv_port=1)
+CHAT = GroupMap(name="chat", scenario="talk", version=4, term=1, ttft_s=2.0, tpot_s=0.1, members=(MEMBER,))
+DEFAULT = GroupMap(name="default", scenario="default", version=1, term=1)
 
 
 async def test_what_is_written_is_read(redis_url: str) -> None:
@@ -32,14 +37,17 @@ async def test_what_is_written_is_read(redis_url: str) -> None:
         await records.write_instance(record("b"))
         await records.write_instance(record("a", group="chat"))
         await records.write_instance(record("b", heartbeat=2))
+        await records.write_instance(record("c", role=None, group=None, epoch=0, state="spare"))
         await records.write_gateway(GATEWAY)
-        assert await records.groups() == ["chat", "default"]
-        assert await records.instances("default") == [record("b", heartbeat=2)]
-        assert await records.instances("nobody") == []
+        assert [one.id for one in await records.instances()] == ["a", "b", "c"]
+        assert await records.members(["b", "a", "nobody"]) == [record("b", heartbeat=2), record("a", group="chat")]
+        assert await records.members(["nobody"]) == []
+        assert await records.members([]) == []
         assert await records.gateways() == [GATEWAY]
         await records.remove_instance(record("b"))
         await records.remove_gateway(GATEWAY)
-        assert await records.instances("default") == []
+        assert [one.id for one in await records.instances()] == ["a", "c"]
+        assert await records.members(["b"]) == []
         assert await records.gateways() == []
 
 
@@ -48,7 +56,7 @@ async def test_what_is_not_renewed_runs_out(redis_url: str) -> None:
         await records.write_instance(record("a"))
 
         async def gone() -> bool:
-            return await records.groups() == [] and await records.instances("default") == []
+            return await records.instances() == [] and await records.members(["a"]) == []
 
         await eventually(gone)
 
@@ -59,7 +67,8 @@ async def test_a_record_that_cannot_be_read_is_passed_over(redis_url: str) -> No
         await records.write_instance(record("b"))
         with redis.Redis.from_url(redis_url) as client:
             client.set(keys.instance("a"), '{"id": "a"}', px=5000)
-        assert [one.id for one in await records.instances("default")] == ["b"]
+        assert [one.id for one in await records.instances()] == ["b"]
+        assert [one.id for one in await records.members(["a", "b"])] == ["b"]
 
 
 async def test_it_is_there_again_after_a_restart(servers: Servers) -> None:
@@ -68,10 +77,10 @@ async def test_it_is_there_again_after_a_restart(servers: Servers) -> None:
         servers.processes["redis"].kill()
         servers.processes["redis"].wait()
         with pytest.raises(RegistryUnavailable):
-            await records.instances("default")
+            await records.instances()
         servers.start_redis()
         await records.write_instance(record("a", heartbeat=2))
-        assert [one.heartbeat for one in await records.instances("default")] == [2]
+        assert [one.heartbeat for one in await records.instances()] == [2]
 
 
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "unix:///nowhere/redis.sock"])
@@ -102,3 +111,160 @@ async def test_a_writer_can_be_cancelled_at_any_moment(redis_url: str) -> None:
             writing.cancel()
             await asyncio.wait([writing], timeout=5.0)
             assert writing.cancelled()
+
+
+async def led_by(records: Registry, controller_id: str, for_s: float = 60.0) -> Lead:
+    lead = await records.lead(controller_id, for_s)
+    assert lead is not None
+    return lead
+
+
+async def test_one_leads_and_stays_the_leader(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        assert await records.leader() is None
+        lead = await led_by(records, "one")
+        assert await records.lead("two", 60.0) is None
+        assert await led_by(records, "one") == lead
+        assert await records.leader() == "one"
+
+
+async def test_of_many_that_want_to_one_leads(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        wishes = [records.lead(f"controller-{number}", 60.0) for number in range(20)]
+        [lead] = [lead for lead in await asyncio.gather(*wishes) if lead is not None]
+        assert await records.leader() == lead.controller_id
+
+
+async def test_a_name_that_begins_as_the_leaders_does_not_lead(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        await led_by(records, "controller-12")
+        assert await records.lead("controller-1", 60.0) is None
+        assert await records.lead("controller-123", 60.0) is None
+
+
+async def test_a_lease_that_is_not_renewed_runs_out_and_another_takes_over(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        first = await led_by(records, "one", for_s=0.2)
+        leads: list[Lead] = []
+
+        async def takes_over() -> bool:
+            lead = await records.lead("two", 60.0)
+            leads.extend([lead] if lead is not None else [])
+            return bool(leads)
+
+        await eventually(takes_over)
+        assert leads[0].term > first.term
+        assert await records.leader() == "two"
+        assert await records.lead("one", 60.0) is None
+
+
+async def test_a_lease_that_is_renewed_does_not_run_out(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        await led_by(records, "one", for_s=0.2)
+        await led_by(records, "one", for_s=60.0)
+        with redis.Redis.from_url(redis_url) as client:
+            assert client.pttl(keys.LEADER) > 1000
+
+
+async def test_whoever_resigns_lets_another_lead_at_once(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        first = await led_by(records, "one")
+        await records.resign(first)
+        assert await records.leader() is None
+        second = await led_by(records, "two")
+        assert second.term > first.term
+        await records.resign(first)
+        await records.resign(Lead("two", first.term))
+        assert await records.leader() == "two"
+
+
+async def test_terms_grow_where_the_clock_goes_back(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        terms = []
+        for number, now in enumerate([2_000_000.0, 1_000_000.0, 1_000_000.0, 3_000_000.0]):
+            monkeypatch.setattr(registry, "time", SimpleNamespace(time=lambda now=now: now, monotonic=time.monotonic))
+            lead = await led_by(records, f"controller-{number}")
+            terms.append(lead.term)
+            await records.resign(lead)
+        assert terms == [2_000_000_000, 2_000_000_001, 2_000_000_002, 3_000_000_000]
+
+
+async def test_terms_grow_where_everything_is_lost(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        first = await led_by(records, "one")
+        assert await records.write_map(first, CHAT)
+        with redis.Redis.from_url(redis_url) as client:
+            client.flushall()
+        assert not await records.write_map(first, CHAT)
+        await eventually(lambda: int(time.time() * 1000) > first.term)  # terms are milliseconds
+        again = await led_by(records, "one")
+        assert again.term > first.term
+        assert not await records.write_map(first, CHAT)
+        assert await records.maps() == []
+        assert await records.write_map(again, CHAT)
+
+
+async def test_maps_are_written_by_the_leader_and_stay(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=0.2, timeout_s=5.0) as records:
+        assert await records.maps() == []
+        lead = await led_by(records, "one")
+        await records.write_instance(record("a"))
+        assert await records.write_map(lead, DEFAULT)
+        assert await records.write_map(lead, CHAT)
+        assert await records.maps() == [CHAT, DEFAULT]
+        newer = CHAT.model_copy(update={"version": 5, "members": ()})
+        assert await records.write_map(lead, newer)
+
+        async def is_gone() -> bool:
+            return await records.instances() == []
+
+        await eventually(is_gone)
+        assert await records.maps() == [newer, DEFAULT]
+        assert await records.remove_map(lead, "chat")
+        assert await records.remove_map(lead, "nobody")
+        assert await records.maps() == [DEFAULT]
+
+
+async def test_a_map_that_cannot_be_read_is_passed_over(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        assert await records.write_map(await led_by(records, "one"), CHAT)
+        with redis.Redis.from_url(redis_url) as client:
+            client.hset(keys.MAPS, "broken", '{"name": "broken"}')
+        assert await records.maps() == [CHAT]
+
+
+@pytest.mark.parametrize("after", ["resigned", "ran out", "another leads", "leads again"])
+async def test_who_leads_no_more_changes_nothing(redis_url: str, after: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        lead = await led_by(records, "one")
+        assert await records.write_map(lead, CHAT)
+        if after == "ran out":
+            with redis.Redis.from_url(redis_url) as client:
+                client.pexpire(keys.LEADER, 1)
+                await eventually(lambda: not client.exists(keys.LEADER))
+        else:
+            await records.resign(lead)
+        if after in ("another leads", "leads again"):
+            await led_by(records, "two" if after == "another leads" else "one")
+        assert not await records.write_map(lead, CHAT.model_copy(update={"version": 99}))
+        assert not await records.write_map(lead, DEFAULT)
+        assert not await records.remove_map(lead, "chat")
+        assert await records.maps() == [CHAT]
+
+
+async def test_nobody_leads_while_it_is_away(servers: Servers) -> None:
+    async with registry.connect(servers.start_redis(), ttl_s=5.0, timeout_s=5.0) as records:
+        lead = await led_by(records, "one")
+        servers.processes["redis"].kill()
+        servers.processes["redis"].wait()
+        for asked in (
+            records.lead("one", 60.0),
+            records.leader(),
+            records.resign(lead),
+            records.maps(),
+            records.write_map(lead, CHAT),
+            records.remove_map(lead, "chat"),
+            records.members(["a"]),
+        ):
+            with pytest.raises(RegistryUnavailable):
+                await asked

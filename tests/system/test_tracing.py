@@ -49,13 +49,13 @@ def check(spans: dict[str, Span], usage: dict[str, int]) -> None:
         root.name: "pdserve-gateway",
         "wait_prefill": "pdserve-gateway",
         "wait_decode": "pdserve-gateway",
-        "prefill": "pdserve-prefill",
-        "decode": "pdserve-decode",
-        "kv_transfer": "pdserve-decode",
+        "prefill": "pdserve-instance",
+        "decode": "pdserve-instance",
+        "kv_transfer": "pdserve-instance",
     }
     for role in ("prefill", "decode"):
         instance = spans[role].attributes["pdserve.instance.id"]
-        assert str(instance).startswith(role)
+        assert str(instance).startswith("instance-")
         assert spans[f"wait_{role}"].attributes["pdserve.instance.id"] == instance
         assert spans[role].attributes["pdserve.num_prompt_tokens"] == usage["prompt_tokens"]
     assert spans["decode"].attributes["pdserve.num_output_tokens"] == usage["completion_tokens"] == 5

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from opentelemetry.trace import get_current_span
 from pydantic_core import to_json
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,9 @@ from shared.telemetry import tracing
 
 GRACE_S = 1.0
 """The core keeps the deadline, and says better what it waited for; this bounds what the core does not see."""
+
+FIELDS_BY_HEADER = {"scenario": "x-scenario", "priority": "x-priority"}
+"""Fields that a proxy may set without reading the body."""
 
 T = TypeVar("T")
 Prepare = Callable[[ApiContext, str, Mapping[str, object]], Awaitable[Job]]
@@ -47,7 +51,8 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._api.request_timeout_s + GRACE_S):
                 exchange = Exchange.of(scope)
-                body = await read_object(Request(scope, receive), self._api.max_body_bytes)
+                http = Request(scope, receive)
+                body = with_headers(await read_object(http, self._api.max_body_bytes), http.headers)
                 job = await self._prepare(self._api, exchange.request_id, body)
                 run = Run(self._api, exchange, job, deadline)
                 if job.stream:
@@ -107,7 +112,12 @@ class Run:
 
     async def _run_choice(self, choice: Choice, emit: Emit) -> None:
         tokens = self._api.core.generate(
-            choice.prompt_token_ids, choice.sampling, request_id=choice.request_id, deadline=self._deadline
+            choice.prompt_token_ids,
+            choice.sampling,
+            request_id=choice.request_id,
+            deadline=self._deadline,
+            scenario=self._job.scenario,
+            priority=self._job.priority,
         )
         deltas = complete(
             tokens,
@@ -122,7 +132,6 @@ class Run:
                 self._usage.completion_tokens += len(delta.token_ids)
                 if delta.num_cached_tokens is not None:
                     self._usage.add_cached(choice.prompt_index, delta.num_cached_tokens)
-                    self._api.metrics.count_cached(len(choice.prompt_token_ids), delta.num_cached_tokens)
                 if delta.finish_reason is not None:
                     self._finish_reasons[choice.index] = delta.finish_reason
                 await emit(choice.index, delta)
@@ -136,6 +145,12 @@ class Run:
             span.set_attribute(tracing.NUM_PROMPT_TOKENS, self._usage.prompt_tokens)
             span.set_attribute(tracing.NUM_OUTPUT_TOKENS, self._usage.completion_tokens)
             span.set_attribute("pdserve.finish_reasons", self._finish_reasons)
+
+
+def with_headers(body: Mapping[str, object], headers: Headers) -> Mapping[str, object]:
+    """A request body, with the fields that headers give and that it has not."""
+    given = {field: headers[name] for field, name in FIELDS_BY_HEADER.items() if name in headers}
+    return {**given, **body}
 
 
 async def while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:

@@ -8,7 +8,7 @@ from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
 from services.gateway.sampling import check_prompt, choice_seed, sampling_params
-from shared.bus.messages import TokenLogprobs
+from shared.bus.messages import Priority, TokenLogprobs
 from shared.errors import InvalidRequest
 from shared.sampling import FinishReason, SamplingParams
 
@@ -94,6 +94,8 @@ class Job:
     stream: bool
     include_usage: bool
     sends_empty: bool
+    scenario: str | None = None
+    priority: Priority = "interactive"
 
 
 def check_num_choices(num_prompts: int, n: int | None) -> None:
@@ -162,4 +164,6 @@ def make_job(
         stream=bool(request.stream),
         include_usage=bool(options and options.include_usage),
         sends_empty=bool(request.return_token_ids) or logprobs is not None,
+        scenario=request.scenario,
+        priority=request.priority or "interactive",
     )

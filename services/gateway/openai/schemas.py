@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from shared.bus.messages import Priority, Scenario
 from shared.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128
@@ -165,6 +166,8 @@ class GenerationFields(Strict):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_logit_bias)] = None
     return_token_ids: bool | None = None
+    scenario: Scenario | None = None
+    priority: Priority | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "GenerationFields":

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from services.gateway.api import FirstToken
-from shared.bus.messages import OutputToken, TokenLogprobs, TopLogprob
+from shared.bus.messages import OutputToken, Priority, TokenLogprobs, TopLogprob
 from shared.errors import RequestError
 from shared.sampling import SamplingParams
 
@@ -20,6 +20,8 @@ class Call:
     sampling: SamplingParams
     request_id: str
     deadline: float
+    scenario: str | None
+    priority: Priority
     num_given: int = 0
     is_closed: bool = False
 
@@ -45,9 +47,16 @@ class FakeCore:
         return self.reason
 
     async def generate(
-        self, prompt_token_ids: list[int], sampling: SamplingParams, *, request_id: str, deadline: float
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        deadline: float,
+        scenario: str | None = None,
+        priority: Priority = "interactive",
     ) -> AsyncGenerator[OutputToken, None]:
-        call = Call(prompt_token_ids, sampling, request_id, deadline)
+        call = Call(prompt_token_ids, sampling, request_id, deadline, scenario, priority)
         self.calls.append(call)
         steps = self.script(call)
         last = next((number for number in reversed(range(len(steps))) if isinstance(steps[number], int)), None)
@@ -80,4 +89,6 @@ class FakeCore:
             logprobs=logprobs,
             finish_reason="stop" if is_stop else "length" if is_over else None,
         )
-        return token if call.num_given else FirstToken(**dict(token), num_cached_tokens=self.num_cached(call))
+        if call.num_given:
+            return token
+        return FirstToken.model_validate(dict(token) | {"num_cached_tokens": self.num_cached(call)})

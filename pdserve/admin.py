@@ -1,0 +1,64 @@
+"""`pdserve flip`, `drain`, `control`, `upgrade`: an operator's wish, and what became of it."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pdserve.status import find_nats
+from shared import settings
+from shared.addresses import shown
+from shared.bus import connection, subjects
+from shared.bus.connection import Bus
+from shared.bus.messages import AdminAnswer, AdminRequest, Message, Status
+from shared.errors import BusUnavailable, PDServeError, PeerUnavailable
+
+CONNECT_TIMEOUT_S = 3.0
+LOOK_EVERY_S = 2.0
+TAKEOVER_S = 10.0
+"""How long nobody may lead."""
+TIMEOUT_S = 900.0
+"""An instance that changes its role ends what it holds first."""
+
+
+class WishRefused(PDServeError):
+    """The controller says no, and why."""
+
+
+def wish(verb: str, values: Mapping[str, object], nats_url: str | None, key: str | None, folder: Path) -> int:
+    """Asks the leading controller, prints its answer.
+
+    Raises:
+        WishRefused: it does not grant it.
+        BusUnavailable: nobody leads.
+    """
+    request = AdminRequest.model_validate({"key": key or settings.given("admin_key") or "", **values})
+    answer = asyncio.run(ask_admin(nats_url or find_nats(folder), verb, request))
+    if not answer.ok:
+        raise WishRefused(answer.message)
+    print(answer.message)
+    return 0
+
+
+async def ask_admin(nats_url: str, verb: str, request: AdminRequest) -> AdminAnswer:
+    """The leading controller's answer. Raises `BusUnavailable` where nobody leads."""
+    async with connection.connect(nats_url, name=f"pdserve-{verb}", timeout_s=CONNECT_TIMEOUT_S) as bus:
+        asking = asyncio.ensure_future(bus.request(subjects.admin(verb), request, AdminAnswer, timeout_s=TIMEOUT_S))
+        try:
+            while not asking.done():
+                # Controllers that do not lead are silent: while we wait, somebody has to lead.
+                await _refuse_without_leader(bus, nats_url)
+                await asyncio.wait([asking], timeout=LOOK_EVERY_S)
+            return asking.result()
+        except PeerUnavailable as error:
+            raise BusUnavailable(f"no controller leads at {shown(nats_url)}: is one running?") from error
+        finally:
+            asking.cancel()
+
+
+async def _refuse_without_leader(bus: Bus, nats_url: str) -> None:
+    end = time.monotonic() + TAKEOVER_S
+    while (await bus.request(subjects.STATUS, Message(), Status, timeout_s=CONNECT_TIMEOUT_S)).leader is None:
+        if time.monotonic() > end:
+            raise BusUnavailable(f"no controller leads at {shown(nats_url)}: can they reach Redis?")
+        await asyncio.sleep(0.2)

@@ -1,0 +1,1 @@
+"""A spare: an instance without a role, for the controller to use."""

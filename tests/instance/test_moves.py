@@ -1,0 +1,460 @@
+"""Requests whose instances change their roles: over real roles, assignments, engines and pools."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from shared.bus.messages import Answer, PrefillRequest, RefusalReason
+from tests.engine.models import Served, prompt_of
+from tests.instance.world import PATIENT_S, Instance, Message, Request, World, world
+
+PROMPT = prompt_of(40, seed=5)
+NUM_TOKENS = 30
+ROOMY = {"prefill_blocks": 40, "decode_blocks": 40}
+
+
+@pytest.fixture(scope="module")
+def answer(small_blocks: Served) -> list[int]:
+    return small_blocks.greedy(PROMPT, NUM_TOKENS)
+
+
+@asynccontextmanager
+async def two_decoders(served: Served, **wishes: object) -> AsyncIterator[World]:
+    """A world in which the third instance decodes, too."""
+    async with world(served, **{**ROOMY, **wishes}) as one:
+        one.third.order("decode")
+        await one.settle()
+        yield one
+
+
+async def until(one: World, reached: Callable[[], object]) -> None:
+    """All go on, step by step, but no transfer does."""
+    for _ in range(1000):
+        if reached():
+            return
+        await one.ask()
+        for instance in one.instances:
+            instance.step()
+        await one.settle()
+    raise AssertionError("it is never reached")
+
+
+async def is_fetched(one: World, request: Request) -> Instance:
+    """The decode instance that is fetching its KV now."""
+    await until(one, lambda: one.fetcher.waiting)
+    [there] = [instance for instance in one.instances if any(held.transfer for held in instance.held)]
+    assert request.where == "decodes"
+    return there
+
+
+async def decodes(one: World, request: Request, num_tokens: int) -> Instance:
+    """The decode instance that has generated so many tokens of it."""
+    there = await is_fetched(one, request)
+    await one.transfer()
+    await until(one, lambda: len(request.tokens) >= num_tokens)
+    return there
+
+
+def test_what_decodes_goes_on_elsewhere_and_nothing_is_computed_twice(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer)
+            before = await decodes(one, request, 12)
+            before.order("prefill")
+            await one.settle()
+            assert (request.where, request.num_moves) == ("waits for decode", 1)
+            assert before.plays("prefill"), "its KV waits, and keeps nobody from the next role"
+            assert [held.request_id for held in before.assignment.left[0]._held.values()] == ["r0.0"]
+            after = await decodes(one, request, 20)
+            assert after is not before
+            await one.finish()
+            assert (request.where, request.attempt, request.num_moves) == ("done", 0, 1)
+            assert len(request.cached) == 1, "one prefill"
+            assert one.prefill.engine.work.decode_rows + one.decode.engine.work.decode_rows + (
+                one.third.engine.work.decode_rows
+            ) in (NUM_TOKENS - 1, NUM_TOKENS), "at most one step came too late"
+
+    asyncio.run(live())
+
+
+def test_what_is_being_fetched_moves_once_it_is_here(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer)
+            before = await is_fetched(one, request)
+            before.order("prefill")
+            await one.settle()
+            assert (before.assignment.state, request.where) == ("changing", "decodes")
+            await one.transfer()
+            await until(one, lambda: before.plays("prefill"))
+            await one.finish()
+            assert (request.attempt, request.num_moves) == (0, 1)
+
+    asyncio.run(live())
+
+
+def test_a_transfer_that_breaks_meanwhile_is_no_move(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer)
+            before = await is_fetched(one, request)
+            before.order("prefill")
+            await one.settle()
+            await one.a_transfer_breaks()
+            await until(one, lambda: before.plays("prefill"))
+            assert (request.attempt, request.num_moves) == (1, 0)
+            assert not one.holder.leases
+
+    asyncio.run(live())
+
+
+def test_who_waits_for_room_moves(small_blocks: Served, answer: list[int]) -> None:
+    """The room that it waits for comes free just then, and is for others: what it has is all that it needs."""
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=40, decode_blocks=14) as one:
+
+            def is_short() -> bool:
+                held = one.decode.held
+                return any(one.ending for one in held) and any(one.reservation.waits for one in held)
+
+            old = one.arrive(PROMPT, answer)
+            await decodes(one, old, 2)
+            young = one.arrive(PROMPT[::-1], small_blocks.greedy(PROMPT[::-1], NUM_TOKENS))
+            await decodes(one, young, 2)
+            for _ in range(1000):
+                if is_short():
+                    break
+                if not one.is_busy:
+                    one.decode.step()
+                await asyncio.sleep(0)
+            await one.decode.role.move_all()
+            await one.settle()
+            assert (old.attempt, old.num_moves) == (0, 1)
+            assert young.attempt == 1, "it was given up for the other"
+            assert not one.decode.engine.has_work
+            one.decode.order("decode")
+
+    asyncio.run(live())
+
+
+def test_the_same_instance_goes_on_in_a_new_role_and_shares_what_it_has(
+    small_blocks: Served, answer: list[int]
+) -> None:
+    """It fetches from itself what is in no full block that others may share."""
+    block_bytes = small_blocks.loaded.layout.block_bytes
+
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, answer)
+            await decodes(one, request, 12)
+            one.decode.order("decode")
+            await one.settle()
+            assert one.decode.plays("decode")
+            num_bytes = one.fetcher.num_bytes
+            await is_fetched(one, request)
+            assert [one.decode.assignment.left[0].slots_leased, one.decode.role.slots_used] == [1, 1]
+            await one.transfer()
+            num_blocks = small_blocks.loaded.layout.num_blocks(len(request.prompt) + len(request.tokens) - 1)
+            [held] = one.decode.role._held.values()
+            assert len(PROMPT) // 8 <= held.reservation.allocation.num_matched < num_blocks
+            num_fetched = num_blocks - held.reservation.allocation.num_matched
+            assert one.fetcher.num_bytes - num_bytes == num_fetched * block_bytes
+            await until(one, lambda: len(request.tokens) > 20)
+            assert one.decode.assignment.left[0].slots_leased == 1, "the acknowledgement is on its way"
+            await one.finish()
+            assert (request.where, request.attempt, request.num_moves) == ("done", 0, 1)
+
+    asyncio.run(live())
+
+
+def test_a_prefill_instance_decodes_what_it_has_prefilled_and_goes_back(
+    small_blocks: Served, answer: list[int]
+) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            one.decode.order(None)
+            await one.settle()
+            request = one.arrive(PROMPT, answer)
+            await until(one, lambda: request.where == "waits for decode")
+            one.prefill.order("decode")
+            await one.settle()
+            assert await decodes(one, request, 5) is one.prefill
+            assert len(one.prefill.assignment.left) == 1
+            one.prefill.order("prefill")
+            one.decode.order("decode")
+            await one.settle()
+            assert len(one.prefill.assignment.left) == 2
+            await one.finish()
+            assert (request.where, request.attempt, request.num_moves) == ("done", 0, 1)
+
+    asyncio.run(live())
+
+
+def test_a_prefill_instance_ends_its_prompts_and_leaves_their_kv_behind(
+    small_blocks: Served, answer: list[int]
+) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, answer[:2])
+            await one.ask()
+            one.prefill.step()
+            one.prefill.order("decode", PATIENT_S)
+            await one.settle()
+            assert one.prefill.assignment.state == "changing"
+            while one.prefill.engine.has_work:
+                one.prefill.step()
+            await one.settle()
+            assert one.prefill.plays("decode")
+            assert request.where == "waits for decode"
+            [left] = one.prefill.assignment.left
+            assert (left.slots_used, left.slots_leased) == (1, 1)
+
+    asyncio.run(live())
+
+
+def test_a_prompt_that_decode_computes_is_done_again_elsewhere(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer, is_local=True)
+            await one.ask()
+            [before] = [instance for instance in one.instances if instance.held]
+            assert before.plays("decode")
+            before.order("prefill")
+            await one.settle()
+            assert before.plays("prefill")
+            assert (request.attempt, request.num_moves) == (1, 0)
+            request.is_local = False
+            other = one.arrive(PROMPT, answer, is_local=True)
+            await until(one, lambda: len(other.tokens) > 3)
+            assert other.source is None
+            next(instance for instance in other.holders).order("decode")
+            await one.finish()
+            assert (other.attempt, other.num_moves, other.cached) == (0, 1, [0])
+
+    asyncio.run(live())
+
+
+def test_who_has_no_token_yet_does_not_move(small_blocks: Served) -> None:
+    """Not even with a prompt all of which is computed but the token that gives the first one."""
+    prompt = prompt_of(2 * 20 + 1)
+
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(prompt, small_blocks.greedy(prompt, 3), is_local=True)
+            await one.ask()
+            [before] = request.holders
+            before.step()
+            before.order("prefill")
+            await one.settle()
+            assert (request.attempt, request.num_moves) == (1, 0)
+            assert not one.holder.leases
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+def test_a_cancel_at_any_moment_of_a_move(small_blocks: Served, answer: list[int], num_turns: int) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer)
+            before = await decodes(one, request, 12)
+            before.order("prefill")
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            one.cancel(request)
+            one.fetcher.acknowledge()
+            await one.settle()
+            assert not any(instance.held for instance in one.instances)
+            assert not before.assignment.left
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+def test_a_bus_that_comes_back_at_any_moment_of_a_move(small_blocks: Served, answer: list[int], num_turns: int) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks) as one:
+            request = one.arrive(PROMPT, answer)
+            before = await decodes(one, request, 12)
+            before.order("prefill")
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            before.bus_came_back()
+            await one.settle()
+            assert not one.holder.leases
+            assert (request.where, request.attempt) == ("waits for prefill", 1)
+            await one.finish()
+            assert request.where == "done"
+
+    asyncio.run(live())
+
+
+def test_who_ended_in_a_role_before_is_told_when_the_bus_comes_back(small_blocks: Served, answer: list[int]) -> None:
+    """Its last token may be lost: the gateway is to ask again rather than to wait."""
+
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, answer)
+            await one.finish()
+            one.decode.order("prefill")
+            one.decode.order("prefill")
+            await one.settle()
+            assert one.decode.plays("prefill")
+            request.where, request.tokens = "decodes", request.tokens[:-1]
+            request.holders.add(one.decode)
+            one.decode.bus_came_back()
+            await one.settle()
+            assert (request.where, request.attempt) == ("waits for prefill", 1)
+
+    asyncio.run(live())
+
+
+def test_the_end_of_the_process_moves_what_decodes(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with two_decoders(small_blocks, drain_timeout_s=1e-6, stall_timeout_s=PATIENT_S) as one:
+            one.decode.order(None)
+            await one.settle()
+            request = one.arrive(PROMPT, answer)
+            assert await decodes(one, request, 12) is one.third
+            one.drain_third()
+            await until(one, lambda: request.num_moves == 1)
+            await one.finish()
+            assert (request.where, request.attempt) == ("done", 0)
+
+    asyncio.run(live())
+
+
+def test_a_canary_is_taken_though_all_slots_are(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_slots=1, decode_slots=1, **ROOMY) as one:
+            first = one.arrive(PROMPT, answer)
+            await decodes(one, first, 2)
+            one.fetcher.acknowledge()
+            second = one.arrive(PROMPT[::-1], small_blocks.greedy(PROMPT[::-1], 2))
+            await until(one, lambda: second.where == "waits for decode")
+            canary = one.arrive(PROMPT[:6], small_blocks.greedy(PROMPT[:6], 3), is_canary=True)
+            await one.ask()
+            assert (canary.where, one.prefill.role.slots_used) == ("is prefilled", 2)
+            await until(one, lambda: canary.where == "decodes")
+            assert second.where == "waits for decode"
+            assert one.decode.role.slots_used == 2
+            await one.transfer()
+            await until(one, lambda: canary.where == "done")
+
+    asyncio.run(live())
+
+
+def test_a_canary_needs_blocks_like_all_and_waits_for_no_hint(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=5, decode_blocks=40) as one:
+            one.arrive(PROMPT, answer)
+            await one.ask()
+            canary = one.arrive(PROMPT[:6], small_blocks.greedy(PROMPT[:6], 3), is_canary=True)
+            await one.ask()
+            assert canary.where == "waits for prefill"
+            assert not one.prefill.role._refused
+            assert one.prefill.role.num_refused == 1
+
+    asyncio.run(live())
+
+
+def test_who_was_refused_first_is_told_first_and_one_for_each_slot(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_slots=1, **ROOMY) as one:
+            requests = [one.arrive(prompt_of(10, seed), []) for seed in range(4)]
+            for request, gateway_id in zip(requests, ("taken", "b", "a", "b"), strict=True):
+                request.gateway_id = gateway_id
+                request.expected = small_blocks.greedy(request.prompt, 1)
+            for _ in range(2):
+                await one.ask()
+            assert one.prefill.role.num_refused == 6
+            for told in (["b"], ["b", "a"], ["b", "a"]):
+                one.cancel(next(request for request in requests if request.where == "is prefilled"))
+                await one.settle()
+                assert one.hints == [("prefill", "prefill", gateway_id) for gateway_id in told]
+                taken = next(request for request in requests if request.where == "waits for prefill")
+                assert await one._ask(taken, "prefill")
+
+    asyncio.run(live())
+
+
+def test_what_the_role_before_lets_go_of_is_room_for_the_next(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=40, decode_blocks=9) as one:
+            first = one.arrive(PROMPT, answer)
+            await decodes(one, first, 25)
+            one.decode.order("prefill")
+            one.prefill.order("decode")
+            await one.settle()
+            second = one.arrive(PROMPT[::-1], small_blocks.greedy(PROMPT[::-1], 1))
+            assert not await one._ask(second, "prefill")
+            assert one.decode.assignment.left[0].slots_leased == 1
+            assert one.hints == []
+            one.cancel(first)
+            await one.settle()
+            assert one.hints == [("decode", "prefill", second.gateway_id)]
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize(
+    ("token_s", "held", "by_s", "reason"),
+    [
+        (0.0, 0, 3600.0, None),
+        (10.0, 0, 3600.0, None),
+        (10.0, 0, 60.0, "no_time"),
+        (10.0, 9, 3600.0, "no_time"),
+        (10.0, 0, None, None),
+        (10.0, 9, None, None),
+    ],
+)
+def test_a_prompt_that_would_come_too_late_is_refused(
+    small_blocks: Served, token_s: float, held: int, by_s: float | None, reason: RefusalReason | None
+) -> None:
+    """A prompt of 40 tokens behind `held` others of as many, at `token_s` seconds a token."""
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=100, decode_blocks=9, prefill_slots=20) as one:
+            work = one.prefill.engine.work
+            work.prefill_tokens, work.prefill_s = 1000, 1000 * token_s
+            requests = [one.arrive(prompt_of(40, seed), [0]) for seed in range(held)]
+            await one.ask()
+            assert all(request.where == "is prefilled" for request in requests)
+            answer = await asked(one, one.arrive(prompt_of(40, seed=20), [0]), by_s)
+            assert (answer.accepted, answer.reason) == (reason is None, reason)
+            assert one.prefill.role.num_refused == (reason is not None)
+            assert not one.prefill.role._refused, "a hint is of no use to it"
+            for request in one.requests:
+                request.holders.add(one.prefill)
+                one.cancel(request)
+
+    asyncio.run(live())
+
+
+def test_what_is_cached_takes_no_time(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            one.arrive(PROMPT, answer[:1])
+            await one.finish()
+            work = one.prefill.engine.work
+            work.prefill_tokens, work.prefill_s = 1000, 10_000.0
+            again, other = (one.arrive(prompt, answer[:1]) for prompt in (PROMPT, PROMPT[::-1]))
+            assert (await asked(one, other, 200.0)).reason == "no_time"
+            assert (await asked(one, again, 200.0)).accepted
+            for request in (again, other):
+                request.holders.add(one.prefill)
+                one.cancel(request)
+
+    asyncio.run(live())
+
+
+async def asked(one: World, request: Request, by_s: float | None) -> Answer:
+    """The prefill instance's answer to a request whose first token is due in so many seconds."""
+    message = one._message(request, "prefill", one.prefill)
+    assert isinstance(message, PrefillRequest)
+    due = message.model_copy(update={"first_token_by": by_s and time.time() + by_s})
+    return await one.prefill.role.take(Message(due))  # type: ignore[arg-type]

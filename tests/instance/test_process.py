@@ -1,0 +1,525 @@
+"""Whole instances in one event loop, with mock engines and real KV servers, on a bus that is none."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.context import Context
+from pydantic import BaseModel
+
+from shared.bus import subjects
+from shared.bus.messages import (
+    Answer,
+    Assign,
+    Assigned,
+    Cancel,
+    DecodeRequest,
+    Failed,
+    KVLease,
+    Message,
+    Moved,
+    OutputToken,
+    Prefilled,
+    PrefillRequest,
+    StepTokens,
+)
+from shared.engine.mock import MockModel
+from shared.errors import ModelRefused
+from shared.instance import body, process
+from shared.instance.body import Loaded
+from shared.instance.process import Instance
+from shared.process import Lifetime
+from shared.registry.records import InstanceRecord
+from shared.registry.records import Role as RoleName
+from shared.sampling import SamplingParams
+from shared.settings import InstanceSettings
+from tests.harness import eventually, free_port
+
+TEST_S = 40.0
+"""A test that hangs ends then."""
+FOREVER_S = 1000.0
+VOCAB_SIZE = 500
+PROMPT = [(37 * position + position * position) % VOCAB_SIZE for position in range(50)]
+NUM_TOKENS = 300
+GATEWAY = "g"
+GROUP = "one"
+
+Handler = Callable[[Any], Awaitable[None]]
+
+
+@dataclass
+class Incoming:
+    """A message as an instance gets it."""
+
+    subject: str
+    content: BaseModel
+    reply_to: str = ""
+    deadline: float = 1e12
+    trace_context: Context = field(default_factory=Context)
+    nobody_listens: bool = False
+    answer: BaseModel | None = None
+
+    def parse(self, kind: type) -> Any:
+        assert isinstance(self.content, kind)
+        return self.content
+
+    async def respond(self, message: BaseModel) -> None:
+        self.answer = message
+
+
+class Bus:
+    """Takes what instances say to the gateway, and hands them what it says."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Handler] = {}
+        self.came_back: list[Callable[[], None]] = []
+        self.events: asyncio.Queue[Message] = asyncio.Queue()
+        self.failed: list[Failed] = []
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        self.came_back.append(callback)
+
+    async def subscribe(self, subject: str, handler: Handler) -> None:
+        self.handlers[subject.removesuffix(".>")] = handler
+
+    async def publish(self, subject: str, message: Message, *, tell_if_gone: str = "") -> None:
+        if isinstance(message, Failed):
+            self.failed.append(message)
+        if subject.startswith(subjects.gateway(GATEWAY, "")):
+            self.events.put_nowait(message)
+
+    async def send(self, instance_id: str, verb: str, message: Message) -> BaseModel | None:
+        """What the instance answers, if it does."""
+        incoming = Incoming(subjects.instance(instance_id, verb), message)
+        await self.handlers[subjects.instance(instance_id, "").rstrip(".")](incoming)
+        return incoming.answer
+
+
+class Records:
+    """The registry: each instance's last record, and none of those that have ended."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, InstanceRecord] = {}
+
+    async def write_instance(self, record: InstanceRecord) -> None:
+        await asyncio.sleep(0)
+        self.last[record.id] = record
+
+    async def remove_instance(self, record: InstanceRecord) -> None:
+        await asyncio.sleep(0)
+        del self.last[record.id]
+
+
+class Cluster:
+    """Instances, and a gateway that takes one request after another through them."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, model: Path, **wishes: object) -> None:
+        self.bus = Bus()
+        self.records = Records()
+        self.lifetimes: dict[str, Lifetime] = {}
+        self.running: dict[str, asyncio.Task[None]] = {}
+        self.instances: dict[str, Instance] = {}
+        patient = {"move_after_s": FOREVER_S, "drain_timeout_s": FOREVER_S, "stall_timeout_s": 5.0}
+        self._settings = {
+            "model": str(model),
+            "engine": "mock",
+            "mock_times": "prefill=0ms,step=1ms,transfer=0ms",
+            "kv_pool_bytes": 2**20,
+            "heartbeat_s": 0.05,
+            **patient,
+            **wishes,
+        }
+        self._tasks = tasks
+        self._num_requests = 0
+
+    async def start(self, name: str) -> Instance:
+        settings = InstanceSettings.model_validate(self._settings)
+        lifetime = self.lifetimes[name] = Lifetime()
+        instance = Instance(settings, name, self.bus, self.records, lifetime)  # type: ignore[arg-type]
+        loaded = await body.load(settings, settings.model, lifetime)
+        assert loaded is not None
+        self.running[name] = self._tasks.create_task(instance.run(loaded))
+        await eventually(lambda: name in self.records.last)
+        self.instances[name] = instance
+        return instance
+
+    async def end(self, name: str) -> None:
+        """Ends an instance as SIGTERM does."""
+        self.lifetimes[name].end()
+        await self.running[name]
+        assert name not in self.records.last
+        assert not any(role.slots_used for role in self.instances[name].assignment.roles)
+
+    async def order(self, name: str, role: RoleName | None, **wishes: Any) -> Assigned:
+        epoch = self.instances[name].assignment.epoch + 1
+        order = Assign(term=1, epoch=epoch, role=role, group=GROUP if role else None, **wishes)
+        answer = await self.bus.send(name, "assign", order)
+        assert isinstance(answer, Assigned)
+        return answer
+
+    async def becomes(self, name: str, role: RoleName, **wishes: Any) -> None:
+        """Orders, and waits until the record says that it was followed."""
+        assert (await self.order(name, role, **wishes)).accepted
+        await eventually(lambda: self.plays(name, role))
+
+    def plays(self, name: str, role: RoleName) -> bool:
+        record = self.records.last[name]
+        epoch = self.instances[name].assignment.epoch
+        return (record.state, record.role, record.group, record.epoch) == ("ready", role, GROUP, epoch)
+
+    # The gateway.
+
+    def request(self, max_tokens: int) -> "Request":
+        self._num_requests += 1
+        return Request(self, f"r{self._num_requests}", SamplingParams(max_tokens=max_tokens, seed=7))
+
+    async def event(self) -> Message:
+        return await self.bus.events.get()
+
+
+@dataclass
+class Request:
+    """A request on its way; its tokens are checked one by one."""
+
+    cluster: Cluster
+    request_id: str
+    sampling: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    lease: KVLease | None = None
+    is_done: bool = False
+
+    async def prefill(self, name: str) -> None:
+        """Accepted, computed, and its KV waits."""
+        answer = await self.ask(name, "prefill")
+        assert answer.accepted, answer
+        event = await self.cluster.event()
+        assert isinstance(event, Prefilled)
+        self._take(event.token)
+        self.lease = event.lease
+
+    async def decode(self, name: str, num_tokens: int = NUM_TOKENS) -> None:
+        """Accepted, and so many tokens are there."""
+        answer = await self.ask(name, "decode")
+        assert answer.accepted, answer
+        self.lease = None
+        await self.go_on(num_tokens)
+
+    async def go_on(self, num_tokens: int = NUM_TOKENS) -> None:
+        """Until so many tokens are there, or it is done, or it moves."""
+        while len(self.tokens) < num_tokens and not self.is_done and self.lease is None:
+            event = await self.cluster.event()
+            if isinstance(event, Moved):
+                assert event.lease.num_tokens == len(PROMPT) + len(self.tokens) - 1
+                self.lease = event.lease
+                return
+            assert isinstance(event, StepTokens), event
+            for token in event.tokens:
+                self._take(token)
+
+    async def ask(self, name: str, role: RoleName) -> Answer:
+        record = self.cluster.records.last[name]
+        common = {
+            "request_id": self.request_id,
+            "gateway_id": GATEWAY,
+            "epoch": record.epoch,
+            "fingerprint": record.fingerprint,
+            "token_ids": PROMPT + self.tokens,
+            "num_prompt_tokens": len(PROMPT),
+            "sampling": self.sampling,
+        }
+        message = PrefillRequest(**common) if role == "prefill" else DecodeRequest(**common, lease=self.lease)
+        answer = await self.cluster.bus.send(name, role, message)
+        assert isinstance(answer, Answer)
+        return answer
+
+    async def cancel(self, name: str) -> None:
+        await self.cluster.bus.send(name, "cancel", Cancel(request_ids=[self.request_id]))
+
+    def _take(self, token: OutputToken) -> None:
+        assert (token.request_id, token.index) == (self.request_id, len(self.tokens))
+        self.tokens.append(token.token_id)
+        self.is_done = token.finish_reason is not None
+
+
+def model(folder: Path, name: str, vocab_size: int = VOCAB_SIZE) -> Path:
+    """What a mock engine needs of a model."""
+    path = folder / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "max_position_embeddings": 4096}))
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+@asynccontextmanager
+async def cluster(folder: Path, names: str = "abc", **wishes: object) -> AsyncIterator[Cluster]:
+    """Instances without roles, which end in order."""
+    async with asyncio.timeout(TEST_S), asyncio.TaskGroup() as tasks:
+        made = Cluster(tasks, model(folder, "model"), **wishes)
+        for name in names:
+            await made.start(name)
+        yield made
+        for name, running in made.running.items():
+            if not running.done():
+                await made.end(name)
+
+
+async def test_a_request_goes_on_where_it_moves_and_gives_the_same_tokens(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode", peers=[(one.records.last["a"].kv_host, one.records.last["a"].kv_port)])
+        undisturbed = one.request(NUM_TOKENS)
+        await undisturbed.prefill("a")
+        await undisturbed.decode("b")
+        assert undisturbed.is_done
+        await one.becomes("c", "decode")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await request.decode("b", num_tokens=20)
+        assert (await one.order("b", "prefill", patience_s=0.0)).accepted
+        await request.go_on()
+        assert request.lease is not None
+        assert request.lease.instance_id == "b"
+        await eventually(lambda: one.plays("b", "prefill"))
+        assert one.records.last["b"].slots_leased == 1
+        await request.decode("c")
+        assert request.is_done
+        assert request.tokens == undisturbed.tokens
+        await eventually(lambda: one.instances["b"].assignment.left == [])
+        assert one.bus.failed == []
+        for record in one.records.last.values():
+            await eventually(lambda record=record: one.records.last[record.id].slots_used == 0)  # type: ignore[misc]
+
+
+async def test_a_prefill_instance_fetches_from_itself_in_its_next_role(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await one.becomes("a", "decode")
+        await request.decode("a", num_tokens=50)
+        assert (await one.order("a", "prefill", patience_s=0.0)).accepted
+        await request.go_on()
+        assert request.lease is not None
+        await eventually(lambda: one.plays("a", "prefill"))
+        await one.becomes("a", "decode")
+        await request.decode("a")
+        assert request.is_done
+        assert len(request.tokens) == NUM_TOKENS
+
+
+async def test_kv_that_nobody_fetches_is_let_go_of_in_a_role_before(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a", lease_s=0.5) as one:
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await one.becomes("a", "decode")
+        await eventually(lambda: one.instances["a"].assignment.left == [])
+        await eventually(lambda: one.records.last["a"].slots_used == 0)
+        record = one.records.last["a"]
+        assert record.blocks_free == record.blocks_total
+
+
+async def test_requests_for_another_role_or_epoch_are_refused(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        request = one.request(NUM_TOKENS)
+        assert (await request.ask("a", "prefill")).reason == "wrong_role"
+        await one.becomes("a", "prefill")
+        before = one.records.last["a"]
+        await request.prefill("a")
+        computing = one.request(NUM_TOKENS)
+        assert (await computing.ask("a", "prefill")).accepted
+        assert (await one.order("a", "decode")).accepted
+        assert (await one.request(1).ask("a", "prefill")).reason == "draining"
+        assert (await one.request(1).ask("a", "decode")).reason == "draining"
+        await eventually(lambda: one.plays("a", "decode"))
+        assert (await one.request(1).ask("a", "prefill")).reason == "wrong_role"
+        one.records.last["a"] = before
+        assert (await request.ask("a", "decode")).reason == "wrong_epoch"
+        for waits in (request, computing):
+            await waits.cancel("a")
+        await eventually(lambda: one.instances["a"].assignment.left == [])
+
+
+async def test_a_model_that_cannot_be_loaded_leaves_the_old_one_usable(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        before = one.records.last["a"]
+        for refused, why in (
+            (tmp_path / "nowhere", "there is no such folder"),
+            (model(tmp_path, "strange", VOCAB_SIZE + 1), "a vocabulary of 501"),
+        ):
+            assert (await one.order("a", "prefill", model=str(refused))).accepted
+            await eventually(lambda: one.records.last["a"].state == "spare")
+            record = one.records.last["a"]
+            assert why in (record.problem or "")
+            assert (record.role, record.group) == (None, None)
+            assert (record.fingerprint, record.model_path) == (before.fingerprint, before.model_path)
+            await one.becomes("a", "prefill")
+            assert one.records.last["a"].problem is None
+            request = one.request(1)
+            await request.prefill("a")
+            assert request.is_done
+
+
+async def test_a_model_that_does_not_fit_leaves_the_old_one_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That shows only when the old one's pool is gone."""
+    max_model_len = body.max_model_len
+
+    def refuses(settings: InstanceSettings, loaded: Loaded, num_blocks: int) -> int:
+        if loaded.name.endswith("large"):
+            raise ModelRefused("the pool holds no request of it")
+        return max_model_len(settings, loaded, num_blocks)
+
+    monkeypatch.setattr(body, "max_model_len", refuses)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        assert (await one.order("a", "prefill", model=str(model(tmp_path, "large")))).accepted
+        await eventually(lambda: "the pool holds no request of it" in (one.records.last["a"].problem or ""))
+        await one.becomes("a", "decode")
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await one.becomes("a", "decode")
+        await request.decode("a")
+        assert request.is_done
+
+
+async def test_another_model_takes_requests_of_its_own_fingerprint(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab") as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        before = one.records.last["a"]
+        moving = one.request(NUM_TOKENS)
+        await moving.prefill("a")
+        await moving.decode("b", num_tokens=5)
+        other = str(model(tmp_path, "other"))
+        assert (await one.order("b", "decode", model=other, patience_s=0.0)).accepted
+        await moving.go_on()
+        assert moving.lease is not None
+        await moving.cancel("b")
+        await eventually(lambda: one.plays("b", "decode"))
+        await one.becomes("a", "prefill", model=other)
+        after = one.records.last["a"]
+        assert (after.model_path, after.fingerprint) == (other, one.records.last["b"].fingerprint)
+        assert after.fingerprint != before.fingerprint
+        one.records.last["a"] = after.model_copy(update={"fingerprint": before.fingerprint})
+        assert (await one.request(1).ask("a", "prefill")).reason == "wrong_model"
+        one.records.last["a"] = after
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await request.decode("b")
+        assert request.is_done
+
+
+async def test_peers_that_cannot_be_reached_leave_a_spare(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        assert (await one.order("a", "decode", peers=[("127.0.0.1", free_port())])).accepted
+        await eventually(lambda: "no connection to the KV of 127.0.0.1" in (one.records.last["a"].problem or ""))
+        assert (one.records.last["a"].state, one.records.last["a"].epoch) == ("spare", 1)
+
+
+async def test_the_end_of_the_process_moves_what_decodes(tmp_path: Path) -> None:
+    async with cluster(tmp_path, drain_timeout_s=1e-6) as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        await one.becomes("c", "decode")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await request.decode("b", num_tokens=20)
+        ending = asyncio.create_task(one.end("b"))
+        await request.go_on()
+        assert request.lease is not None
+        assert (await one.order("b", "prefill")).reason == "draining"
+        await request.decode("c")
+        assert request.is_done
+        await ending
+        assert one.bus.failed == []
+
+
+async def test_the_end_of_the_process_gives_up_what_nobody_fetches(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab", drain_timeout_s=1e-6, stall_timeout_s=0.5) as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await request.decode("b", num_tokens=20)
+        await one.end("b")
+        [failed] = one.bus.failed
+        assert (failed.request_id, failed.counts) == (request.request_id, False)
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55])
+async def test_the_process_may_end_while_an_order_is_followed(tmp_path: Path, num_turns: int) -> None:
+    """At any moment of getting another model: no task is left that keeps it."""
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        assert (await one.order("a", "decode", model=str(model(tmp_path, "other")))).accepted
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await one.end("a")
+
+
+@pytest.mark.parametrize("num_turns", range(0, 40, 3))
+async def test_the_process_may_end_while_a_model_takes_the_place_of_another(
+    tmp_path: Path, num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = asyncio.Event()
+    load = process.load
+
+    async def loads(*args: Any) -> Loaded | None:
+        model = await load(*args)
+        loaded.set()
+        return model
+
+    monkeypatch.setattr(process, "load", loads)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        assert (await one.order("a", "decode", model=str(model(tmp_path, "other")))).accepted
+        await loaded.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        await one.end("a")
+
+
+async def test_an_engine_that_fails_ends_the_process_and_gives_all_up(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab") as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        await request.decode("b", num_tokens=5)
+        engine = one.instances["b"].body.engine
+        assert isinstance(engine.loaded, MockModel)
+
+        def fail() -> None:
+            raise RuntimeError("no more memory")
+
+        engine.step = fail  # type: ignore[assignment, method-assign]
+        await one.running["b"]
+        assert "no more memory" in (one.lifetimes["b"].failed or "")
+        assert [(failed.request_id, failed.counts) for failed in one.bus.failed] == [(request.request_id, True)]
+
+
+async def test_a_bus_that_comes_back_gives_up_what_is_held_and_what_ended_in_any_role(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab") as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        ended, held = one.request(2), one.request(NUM_TOKENS)
+        await ended.prefill("a")
+        await ended.decode("b")
+        assert ended.is_done
+        await held.prefill("a")
+        await held.decode("b", num_tokens=5)
+        assert (await one.order("b", "prefill", patience_s=0.0)).accepted
+        await held.go_on()
+        await eventually(lambda: one.plays("b", "prefill"))
+        one.bus.came_back[1]()
+        await eventually(lambda: {one.request_id for one in one.bus.failed} == {ended.request_id, held.request_id})
+        await eventually(lambda: one.instances["b"].assignment.left == [])
