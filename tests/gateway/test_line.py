@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
@@ -106,18 +107,20 @@ async def test_it_is_served_by_kind_then_by_deadline(nats_url: str) -> None:
 @pytest.mark.parametrize(
     ("head", "newcomer"),
     [
-        (wish(1, within_s=50), wish(2, within_s=40)),
-        (wish(1, is_batch=True, within_s=40), wish(2, within_s=50)),
-        (wish(1, within_s=40), wish(2, has_begun=True, within_s=50)),
+        ({"within_s": 50.0}, {"within_s": 40.0}),
+        ({"is_batch": True, "within_s": 40.0}, {"within_s": 50.0}),
+        ({"within_s": 40.0}, {"has_begun": True, "within_s": 50.0}),
     ],
     ids=["earlier deadline", "interactive before batch", "begun before newcomers"],
 )
-async def test_the_head_gives_way_to_one_that_is_to_be_served_before(nats_url: str, head: Wish, newcomer: Wish) -> None:
+async def test_the_head_gives_way_to_one_that_is_to_be_served_before(
+    nats_url: str, head: dict[str, Any], newcomer: dict[str, Any]
+) -> None:
     async with fleet(nats_url) as one:
         prefill = await one.add("p", "prefill", *FULL, kind=AcceptsOnly)
-        first = await join(one, head)
+        first = await join(one, wish(1, **head))
         await eventually(lambda: numbers(prefill))
-        second = await join(one, newcomer)
+        second = await join(one, wish(2, **newcomer))
         await eventually(lambda: numbers(prefill)[-1] == 2)
         prefill.answers.clear()
         await second
