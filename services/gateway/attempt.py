@@ -9,12 +9,14 @@ short prompt may stay at a decode instance altogether.
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict
 
 from services.gateway import affinity, policy
 from services.gateway.api import FirstToken
+from services.gateway.costs import Gaps
+from services.gateway.generation import Generation
 from services.gateway.groups import Group
 from services.gateway.line import Line, NobodyHere, TooLate, Wish
 from services.gateway.streams import AttemptFailed, Stream, Streams
@@ -27,45 +29,8 @@ from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing
 
-SLACK = 0.05
-"""The share of the TTFT objective that is left for the way of the first token."""
 LOCAL_PATIENCE_S = 0.05
 """How long a short prompt waits for a decode instance that computes it itself, before it goes the usual way."""
-
-
-@dataclass(slots=True)
-class Generation:
-    """A request: what was asked for, when it came, and what has been generated so far."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    deadline: float
-    arrived_at: float = field(default_factory=time.time)
-    output_token_ids: list[int] = field(default_factory=list)
-    fingerprint: str | None = None
-    """Of the weights that the request has begun with: it never goes on with others."""
-    scenario: str | None = None
-    is_batch: bool = False
-    prefix_keys: tuple[int, ...] = ()
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self.output_token_ids)
-
-    @property
-    def num_tokens_at_end(self) -> int:
-        return len(self.prompt_token_ids) + self.sampling.max_tokens
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.prompt_token_ids + self.output_token_ids
-
-    def first_token_by(self, ttft_s: float | None) -> float | None:
-        """When the first token is due (Unix seconds); None for requests that have it already, or may wait."""
-        if self.has_begun or self.is_batch or ttft_s is None:
-            return None
-        return self.arrived_at + (1 - SLACK) * ttft_s
 
 
 @dataclass(slots=True)
@@ -128,7 +93,7 @@ class Attempt:
     async def _go_on(self, token_ids: list[int], lease: KVLease | None) -> AsyncGenerator[OutputToken, None]:
         """From one decode instance to the next, as long as somebody keeps the KV for another; to the last token."""
         while lease is not None:
-            gaps = _Gaps()
+            gaps = Gaps()
             decode = await self._start_decode(token_ids, lease)
             handover = _Handover(lease.instance_id)
             async with aclosing(self._decode(handover)) as tokens:
@@ -335,23 +300,6 @@ class _Common(TypedDict):
     num_prompt_tokens: int
     sampling: SamplingParams
     arrived_at: float
-
-
-class _Gaps:
-    """The seconds before the first and the second token of decode, counted from when it is made."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.seconds: list[float] = []
-
-    def are_measured(self) -> bool:
-        """To be asked at each token; true once, at the second."""
-        if len(self.seconds) == 2:
-            return False
-        now = time.monotonic()
-        self.seconds.append(now - self._last)
-        self._last = now
-        return len(self.seconds) == 2
 
 
 @dataclass(slots=True)

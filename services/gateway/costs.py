@@ -2,6 +2,7 @@
 decode instance itself (conditional disaggregation).
 """
 
+import time
 from dataclasses import dataclass, field
 
 RECENT = 0.1
@@ -54,3 +55,20 @@ class Costs:
         if num_tokens > LOCAL_AT_MOST or min(self.handoff_s.number, self.prefill_token_s.number) < ENOUGH:
             return False
         return num_tokens * self.prefill_token_s.value * num_rows < self.wait_s.value + self.handoff_s.value
+
+
+class Gaps:
+    """The seconds before the first and the second token of decode, counted from when it is made."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.seconds: list[float] = []
+
+    def are_measured(self) -> bool:
+        """To be asked at each token; true once, at the second."""
+        if len(self.seconds) == 2:
+            return False
+        now = time.monotonic()
+        self.seconds.append(now - self._last)
+        self._last = now
+        return len(self.seconds) == 2

@@ -12,7 +12,7 @@ import uvicorn
 
 from services.gateway import policy
 from services.gateway.api import ApiContext, FirstToken
-from services.gateway.generation import Generator
+from services.gateway.generator import Generator
 from services.gateway.groups import Group, Groups
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.nats_api import NatsApi

@@ -9,6 +9,7 @@ import time
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, InstanceRequest, Prefilled, PrefillRequest, RefusalReason
 from shared.engine.sequence import NewToken
+from shared.engine.work import PromptWork
 from shared.instance.outbox import output_token
 from shared.instance.pace import Pace
 from shared.instance.reservations import Room
@@ -32,7 +33,9 @@ class PrefillRole(Role):
         room = self.admit(request, incoming.deadline, lambda: self._room(request))
         if not isinstance(room, Room):
             return Answer(accepted=False, reason=room)
+        expected_s = self._expected_s(request, room)
         held = self.hold(request, room, incoming, num_to_generate=1)
+        held.expected_s = expected_s
         # From now on requests that begin alike share its blocks: they follow while the engine fills them.
         self.parts.cache.name(held.reservation.allocation, request.token_ids)
         held.in_engine = True
@@ -44,13 +47,19 @@ class PrefillRole(Role):
         return Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
 
     def lateness(self, request: InstanceRequest, room: Room) -> RefusalReason | None:
-        """Prompts are computed one after another: this one when all that are here are done."""
+        """An instance that was slow once, and refuses all, would never learn that it is quick again: so it tries."""
         if not isinstance(request, PrefillRequest) or request.first_token_by is None:
             return None
+        if not self.is_computing and self._pace.is_old():
+            return None
+        seconds = self._pace.promised_s(self._expected_s(request, room))
+        return "no_time" if time.time() + seconds > request.first_token_by else None
+
+    def _expected_s(self, request: PrefillRequest, room: Room) -> float:
+        """Prompts are computed one after another: this one when all that are here are done."""
         num_cached = len(room.match.blocks) * self.parts.loaded.layout.block_size
-        num_tokens = len(request.token_ids) - num_cached + self.num_uncomputed_tokens
-        done_at = time.time() + self._pace.seconds(num_tokens, self.parts.work())
-        return "no_time" if done_at > request.first_token_by else None
+        ahead = self.uncomputed() + PromptWork.of(len(request.token_ids), num_cached)
+        return self._pace.expected_s(ahead, self.parts.work())
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         for token in tokens:
@@ -60,6 +69,7 @@ class PrefillRole(Role):
 
     async def _finish(self, held: Held, token: NewToken) -> None:
         """The prompt is done: the token goes out at once; the KV waits to be fetched unless the request has ended."""
+        self._pace.took(time.monotonic() - held.accepted_at, held.expected_s)
         held.in_engine = False
         held.span.add_event("first token")
         held.span.set_attribute(tracing.NUM_CACHED_TOKENS, held.sequence.num_cached_tokens)

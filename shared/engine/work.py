@@ -6,6 +6,28 @@ from shared.engine.scheduler import StepPlan
 from shared.registry.records import Work
 
 
+@dataclass(frozen=True, slots=True)
+class PromptWork:
+    """What there is to compute of prompts.
+
+    Args:
+        tokens: that have no KV yet.
+        pairs: of tokens that attend to each other meanwhile: each of `tokens` with itself and all before it.
+    """
+
+    tokens: int = 0
+    pairs: int = 0
+
+    @classmethod
+    def of(cls, num_tokens: int, num_computed: int = 0) -> "PromptWork":
+        """Of one prompt, the first `num_computed` tokens of which are computed already."""
+        pairs = (num_tokens * (num_tokens + 1) - num_computed * (num_computed + 1)) // 2
+        return cls(num_tokens - num_computed, pairs)
+
+    def __add__(self, other: "PromptWork") -> "PromptWork":
+        return PromptWork(self.tokens + other.tokens, self.pairs + other.pairs)
+
+
 @dataclass(slots=True)
 class WorkDone:
     """Sums since the engine was made; `Work` has what each of them is.
@@ -14,6 +36,7 @@ class WorkDone:
     """
 
     prefill_tokens: int = 0
+    prefill_pairs: int = 0
     prefill_s: float = 0.0
     num_prefilled: int = 0
     decode_steps: int = 0
@@ -27,7 +50,10 @@ class WorkDone:
         if plan.prefills:
             self.prefill_s += seconds
             for chunk in plan.prefills:
-                self.prefill_tokens += chunk.num_tokens
+                num_computed = chunk.sequence.num_computed_tokens
+                done = PromptWork.of(num_computed + chunk.num_tokens, num_computed)
+                self.prefill_tokens += done.tokens
+                self.prefill_pairs += done.pairs
                 self.num_prefilled += chunk.num_tokens == chunk.sequence.num_uncomputed_tokens
             return
         rows = len(plan.decodes)

@@ -24,6 +24,7 @@ from shared.engine.prefix_cache import PrefixCache
 from shared.engine.runner import EngineRunner, check
 from shared.engine.sequence import NewToken, Sequence
 from shared.engine.staging import Staging
+from shared.engine.work import PromptWork
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
 from shared.instance.admission import InstanceFacts, RequestFacts, refusal, room_refusal
 from shared.instance.outbox import BUS_WAS_AWAY, Outbox
@@ -76,6 +77,8 @@ class Held:
     deadline: float
     span: Span
     accepted_at: float = field(default_factory=time.monotonic)
+    expected_s: float = 0.0
+    """After how long its first token was expected when it was accepted."""
     in_engine: bool = False
     computes_prompt: bool = False
     """Its prompt is computed here, by a decode instance, and its first token has not come yet."""
@@ -127,10 +130,11 @@ class Role(ABC):
         """Whether anything is left for the engine, or on its way to it."""
         return any(held.lease_id is None for held in self._held.values())
 
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Tokens without KV of all that the engine works on."""
-        return sum(held.sequence.num_uncomputed_tokens for held in self._held.values() if held.in_engine)
+    def uncomputed(self) -> PromptWork:
+        """What is left of all that the engine works on."""
+        sequences = [held.sequence for held in self._held.values() if held.in_engine]
+        left = (PromptWork.of(len(one.token_ids), one.num_computed_tokens) for one in sequences)
+        return sum(left, PromptWork())
 
     def handle(self, verb: str, key: str, incoming: Incoming) -> None:
         """A message about requests that are held, by this role or another."""

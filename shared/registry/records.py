@@ -38,6 +38,8 @@ class Work(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     prefill_tokens: int = 0
+    prefill_pairs: int = 0
+    """Of those tokens, each with itself and all before it: what attention computes."""
     prefill_s: float = 0.0
     """Seconds in steps with prefill."""
     num_prefilled: int = 0

@@ -45,7 +45,9 @@ def test_a_step_with_prefill_counts_as_prefill_alone() -> None:
     work = WorkDone()
     chunks = [PrefillChunk(sequence_with(30, 10), 20), PrefillChunk(sequence_with(30), 7)]
     work.add(StepPlan(decodes(3), chunks), 0.5)
-    assert work.snapshot() == Work(prefill_tokens=27, prefill_s=0.5, num_prefilled=1)
+    assert work.snapshot() == Work(
+        prefill_tokens=27, prefill_pairs=(30 * 31 - 10 * 11) // 2 + 28, prefill_s=0.5, num_prefilled=1
+    )
 
 
 def test_what_a_snapshot_says_stays() -> None:
@@ -67,6 +69,7 @@ def test_an_engine_counts_its_steps(llama_served: Served, monkeypatch: pytest.Mo
     assert {name: len(tokens) for name, tokens in run(engine).items()} == {"a": 3, "b": 5}
     assert engine.work.snapshot() == Work(
         prefill_tokens=60,
+        prefill_pairs=40 * 41 // 2 + 20 * 21 // 2,
         prefill_s=2.0,
         num_prefilled=2,
         decode_steps=4,

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
-from services.gateway.generation import Generator
+from services.gateway.generator import Generator
 from services.gateway.groups import Group
 from services.gateway.line import Line
 from services.gateway.streams import Streams

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from shared.bus.messages import Answer, PrefillRequest, RefusalReason
+from shared.instance import pace as pace_module
 from tests.engine.models import Served, prompt_of
 from tests.instance.world import PATIENT_S, Instance, Message, Request, World, world
 
@@ -419,8 +420,7 @@ def test_a_prompt_that_would_come_too_late_is_refused(
 
     async def live() -> None:
         async with world(small_blocks, prefill_blocks=100, decode_blocks=9, prefill_slots=20) as one:
-            work = one.prefill.engine.work
-            work.prefill_tokens, work.prefill_s = 1000, 1000 * token_s
+            slow(one, token_s)
             requests = [one.arrive(prompt_of(40, seed), [0]) for seed in range(held)]
             await one.ask()
             assert all(request.where == "is prefilled" for request in requests)
@@ -435,13 +435,30 @@ def test_a_prompt_that_would_come_too_late_is_refused(
     asyncio.run(live())
 
 
+def test_an_instance_that_was_slow_tries_again_when_it_has_nothing_else_to_do(
+    small_blocks: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            slow(one, 1000.0)
+            first, second = (one.arrive(prompt_of(40, seed), [0]) for seed in range(2))
+            assert (await asked(one, first, 60.0)).reason == "no_time"
+            monkeypatch.setattr(pace_module, "OLD_S", 0.0)
+            assert (await asked(one, first, 60.0)).accepted
+            assert (await asked(one, second, 60.0)).reason == "no_time", "one at a time"
+            for request in (first, second):
+                request.holders.add(one.prefill)
+                one.cancel(request)
+
+    asyncio.run(live())
+
+
 def test_what_is_cached_takes_no_time(small_blocks: Served, answer: list[int]) -> None:
     async def live() -> None:
         async with world(small_blocks, **ROOMY) as one:
             one.arrive(PROMPT, answer[:1])
             await one.finish()
-            work = one.prefill.engine.work
-            work.prefill_tokens, work.prefill_s = 1000, 10_000.0
+            slow(one, 10.0)
             again, other = (one.arrive(prompt, answer[:1]) for prompt in (PROMPT, PROMPT[::-1]))
             assert (await asked(one, other, 200.0)).reason == "no_time"
             assert (await asked(one, again, 200.0)).accepted
@@ -450,6 +467,13 @@ def test_what_is_cached_takes_no_time(small_blocks: Served, answer: list[int]) -
                 one.cancel(request)
 
     asyncio.run(live())
+
+
+def slow(one: World, token_s: float) -> None:
+    """The prefill instance has been as slow as that, just now."""
+    work = one.prefill.engine.work
+    work.prefill_tokens, work.prefill_pairs, work.prefill_s = 1000, 1000, 1000 * token_s
+    one.prefill.role._pace.took(0.0, 0.0)  # type: ignore[attr-defined]
 
 
 async def asked(one: World, request: Request, by_s: float | None) -> Answer:
