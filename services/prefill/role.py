@@ -22,7 +22,7 @@ class PrefillRole(Role):
 
     def __init__(self, parts: InstanceParts) -> None:
         super().__init__(parts)
-        self._pace = Pace()
+        self._pace = Pace(parts.settings.max_step_tokens)
 
     @property
     def slots_total(self) -> int:
@@ -57,9 +57,11 @@ class PrefillRole(Role):
 
     def _expected_s(self, request: PrefillRequest, room: Room) -> float:
         """Prompts are computed one after another: this one when all that are here are done."""
-        num_cached = len(room.match.blocks) * self.parts.loaded.layout.block_size
-        ahead = self.uncomputed() + PromptWork.of(len(request.token_ids), num_cached)
-        return self._pace.expected_s(ahead, self.parts.work())
+        parts = self.parts
+        num_cached = len(room.match.blocks) * parts.loaded.layout.block_size
+        self._pace.look(parts.work())
+        ahead_s = max(0.0, self._pace.seconds(self.uncomputed()) - parts.in_step_s())
+        return ahead_s + self._pace.seconds(PromptWork.of(len(request.token_ids), num_cached))
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         for token in tokens:

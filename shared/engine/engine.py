@@ -62,6 +62,7 @@ class AnyEngine(ABC):
         self.work = WorkDone()
         self.share = 1.0
         """The share of the time in which to compute."""
+        self._step_began_at: float | None = None
         self._sequences: dict[str, Sequence] = {}
         self._filled: set[int] = set()
         """Blocks that hold KV up to their end."""
@@ -69,6 +70,11 @@ class AnyEngine(ABC):
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    def in_step_s(self) -> float:
+        """For how long the step under way has been; 0 if there is none. Any thread may ask."""
+        began_at = self._step_began_at
+        return 0.0 if began_at is None else time.perf_counter() - began_at
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in; it joins the next step."""
@@ -87,7 +93,7 @@ class AnyEngine(ABC):
     def step(self) -> list[NewToken]:
         """Compute one step and return the tokens it generated: none while it only advances long prompts."""
         assert self._sequences, "a step needs work"
-        started = time.perf_counter()
+        started = self._step_began_at = time.perf_counter()
         block_size = self.pool.layout.block_size
         for sequence in self._sequences.values():
             self._follow(sequence, block_size)
@@ -95,6 +101,7 @@ class AnyEngine(ABC):
         chosen = self._compute(plan)
         if self.share < 1.0:
             self._rest(time.perf_counter() - started)
+        self._step_began_at = None
         self.work.add(plan, time.perf_counter() - started)
         return self._advance(plan, chosen)
 

@@ -1,10 +1,12 @@
 """How long prompts take here, and how far that can be relied on: what an instance promises by.
 
-Seconds are fitted to tokens and to the pairs of tokens that attend to each other. How expectations turned out is
-followed as TCP follows round-trip times (RFC 6298): a smoothed ratio, and a smoothed deviation from it.
+Seconds are fitted to tokens and to the pairs of tokens that attend to each other. What is promised is beyond what is
+expected by as much as the worst of the last outcomes was: of n that are alike and one more, that one is the worst in
+one case of n + 1 (conformal prediction; Vovk, Gammerman, Shafer, "Algorithmic Learning in a Random World", 2005).
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from math import exp
 
@@ -15,16 +17,14 @@ HORIZON_S = 5.0
 """After so many seconds of computing, what was measured before counts 1/e of what is new."""
 INDEPENDENT = 1e-3
 """Tokens and pairs are told apart where at least this share of their squares is not common to both."""
-GRAIN_S = 0.02
-"""What short prompts may take longer or shorter without telling anything about long ones."""
-RATIO_GAIN = 1 / 8
-DEVIATION_GAIN = 1 / 4
-DEVIATIONS = 4
-"""RFC 6298's alpha, beta and K."""
-FIRST_DEVIATION = 1 / 16
-"""Before any expectation has been tried."""
+NUM_OUTCOMES = 99
+"""With these, one promise of a hundred is not kept."""
+NEW_S = 30.0
+"""For so long an outcome counts: one that was odd is not to be feared for ever."""
+FIRST = 1.25
+"""The outcome that is feared while there are few."""
 OLD_S = 5.0
-"""What was measured so long ago may be no longer true."""
+"""What was tried so long ago may be no longer true."""
 
 
 @dataclass(slots=True)
@@ -60,39 +60,49 @@ class _Speed:
 
 
 class Pace:
-    """What one engine needs for prompts, as it shows in what it has done."""
+    """What one engine needs for prompts, as it shows in what it has done.
 
-    def __init__(self) -> None:
+    Args:
+        step_tokens: of a step of the engine. Who comes waits for the step under way, and gets its token with those who
+            share the last of its own, so expectations err by about a step, be they long or short.
+    """
+
+    def __init__(self, step_tokens: int) -> None:
+        self._step = PromptWork.of(step_tokens)
         self._seen = Work()
         self._speed = _Speed()
-        self._ratio = 1.0
-        self._deviation = FIRST_DEVIATION
-        self._tried_at = float("-inf")
+        self._outcomes: deque[tuple[float, float]] = deque(maxlen=NUM_OUTCOMES)
+        """When (monotonic), and how many times longer than expected, a step added to both."""
 
-    def is_old(self) -> bool:
-        """Whether no expectation has been tried for a while."""
-        return time.monotonic() - self._tried_at > OLD_S
-
-    def expected_s(self, ahead: PromptWork, work: Work) -> float:
-        """How long `ahead` takes most likely, for an engine that has done `work`; 0 before it has done any."""
+    def look(self, work: Work) -> None:
+        """Learns from what the engine has done since the last look."""
         seen = self._seen
         done = PromptWork(work.prefill_tokens - seen.prefill_tokens, work.prefill_pairs - seen.prefill_pairs)
         if done.tokens > 0:
             self._speed.add(done, work.prefill_s - seen.prefill_s)
             self._seen = work
-        return self._speed.seconds(ahead)
+
+    def seconds(self, prompts: PromptWork) -> float:
+        """How long they take most likely; 0 before anything has been measured."""
+        return self._speed.seconds(prompts)
 
     def promised_s(self, expected_s: float) -> float:
-        """How long it takes at most, in nearly all cases, where so much is expected."""
+        """How long it takes at most, in all cases but one of a hundred, where so much is expected."""
         if expected_s == 0:
             return 0.0
-        return (self._ratio + DEVIATIONS * self._deviation) * (expected_s + GRAIN_S) - GRAIN_S
+        recent = time.monotonic() - NEW_S
+        outcomes = [outcome for at, outcome in self._outcomes if at >= recent]
+        if len(outcomes) < NUM_OUTCOMES:
+            outcomes.append(FIRST)
+        step_s = self.seconds(self._step)
+        return max(outcomes) * (expected_s + step_s) - step_s
 
     def took(self, seconds: float, expected_s: float) -> None:
         """An expectation has turned out."""
-        self._tried_at = time.monotonic()
-        if expected_s == 0:
-            return
-        ratio = (seconds + GRAIN_S) / (expected_s + GRAIN_S)
-        self._deviation += DEVIATION_GAIN * (abs(ratio - self._ratio) - self._deviation)
-        self._ratio += RATIO_GAIN * (ratio - self._ratio)
+        step_s = self.seconds(self._step)
+        outcome = (seconds + step_s) / (expected_s + step_s) if expected_s else 1.0
+        self._outcomes.append((time.monotonic(), outcome))
+
+    def is_old(self) -> bool:
+        """Whether no expectation has been tried for a while."""
+        return not self._outcomes or time.monotonic() - self._outcomes[-1][0] > OLD_S

@@ -139,6 +139,7 @@ class Instance:
                 tasks=self._tasks,
                 told=body.told,
                 work=body.engine.work.snapshot,
+                in_step_s=body.engine.in_step_s,
                 room_came_free=lambda: self.assignment.room_came_free(),
             )
         )

@@ -62,6 +62,8 @@ class InstanceParts:
     """Returns once all tokens that the engine has given are told to their gateways."""
     work: Callable[[], Work]
     """What the engine has done so far."""
+    in_step_s: Callable[[], float]
+    """For how long its step under way has been."""
     room_came_free: Callable[[], None]
     """Called when a request was let go: its blocks are for every role of this instance."""
 

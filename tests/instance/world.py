@@ -323,6 +323,7 @@ class Instance:
                 tasks=self._tasks,
                 told=body.told,
                 work=self.engine.work.snapshot,
+                in_step_s=self.engine.in_step_s,
                 room_came_free=self.assignment.room_came_free,
             )
         )
