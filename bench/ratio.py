@@ -26,7 +26,7 @@ from bench.load import Item, LoadClient, load_client, read_trace, throughput
 from bench.running import machine, pdserve_up
 from pdserve.admin import ask_admin
 from pdserve.status import ask
-from shared.bus.messages import AdminRequest
+from shared.bus.control import AdminRequest
 from shared.registry.records import Role
 
 _seeds = itertools.count()

@@ -10,7 +10,8 @@ from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import AdminAnswer, AdminRequest, Message, Status
+from shared.bus.control import AdminAnswer, AdminRequest, Status
+from shared.bus.messages import Message
 from shared.errors import BusUnavailable, PDServeError, PeerUnavailable
 
 CONNECT_TIMEOUT_S = 3.0

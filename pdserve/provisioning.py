@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shared.bus import connection, subjects
 from shared.bus.connection import Incoming
-from shared.bus.messages import Provision, Provisioned
+from shared.bus.control import Provision, Provisioned
 from shared.errors import PDServeError, RequestError
 
 CONNECT_TIMEOUT_S = 10.0

@@ -9,7 +9,8 @@ from pdserve import runfile
 from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
-from shared.bus.messages import GroupStatus, InstanceStatus, Message, Status
+from shared.bus.control import GroupStatus, InstanceStatus, Status
+from shared.bus.messages import Message
 from shared.errors import BusUnavailable, PeerUnavailable
 
 TIMEOUT_S = 3.0

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 
 from shared import settings as settings_module
 from shared.bus import connection, subjects
-from shared.bus.messages import Message, Status
+from shared.bus.control import Status
+from shared.bus.messages import Message
 from shared.errors import PDServeError, PeerUnavailable
 from shared.registry import registry
 from shared.settings import Settings, hostname

@@ -11,7 +11,7 @@ from services.controller.policy.membership import Place, place_of
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import WorkflowFailed
 from shared.bus.connection import Incoming
-from shared.bus.messages import AdminAnswer, AdminRequest
+from shared.bus.control import AdminAnswer, AdminRequest
 from shared.errors import PDServeError, RequestError
 from shared.registry.records import GroupMap, InstanceRecord
 

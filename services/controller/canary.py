@@ -10,15 +10,7 @@ from dataclasses import dataclass, field
 
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import (
-    Answer,
-    Cancel,
-    DecodeRequest,
-    Failed,
-    Prefilled,
-    PrefillRequest,
-    StepTokens,
-)
+from shared.bus.messages import Answer, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
 from shared.errors import PDServeError, PeerUnavailable, RequestError
 from shared.registry.records import InstanceRecord
 from shared.sampling import SamplingParams

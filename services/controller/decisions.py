@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 
-from shared.bus.messages import DecisionStatus
+from shared.bus.control import DecisionStatus
 
 KEPT = 50
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Provision, Provisioned
+from shared.bus.control import Provision, Provisioned
 from shared.errors import PeerUnavailable
 from shared.registry.records import InstanceRecord
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from services.controller.brain import Brain
 from services.controller.cluster import Cluster
 from shared import __version__
-from shared.bus.messages import GroupStatus, InstanceStatus, Status
+from shared.bus.control import GroupStatus, InstanceStatus, Status
 from shared.registry.records import GroupMap
 from shared.registry.view import View
 

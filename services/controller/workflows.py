@@ -14,7 +14,7 @@ from services.controller.maps import Maps
 from services.controller.policy.membership import Place, place_of
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Assign, Assigned
+from shared.bus.control import Assign, Assigned
 from shared.errors import PDServeError, PeerUnavailable, RequestError
 from shared.registry.records import InstanceRecord, Role
 from shared.settings import ControllerSettings

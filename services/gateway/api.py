@@ -8,7 +8,8 @@ from typing import Protocol
 from opentelemetry.trace import Tracer
 
 from services.gateway.metrics import GatewayMetrics
-from shared.bus.messages import OutputToken, Priority
+from shared.bus.api import Priority
+from shared.bus.messages import OutputToken
 from shared.errors import ModelNotFound
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing

@@ -21,8 +21,9 @@ from services.gateway.streams import Streams
 from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
+from shared.bus.api import Priority
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Free, OutputToken, Priority
+from shared.bus.messages import Free, OutputToken
 from shared.errors import RequestError, SettingsInvalid
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from shared.bus.messages import Assign, Assigned
+from shared.bus.control import Assign, Assigned
 from shared.errors import ModelRefused, TransferFailed
 from shared.instance.role import Role
 from shared.kv.fetcher import check_path

@@ -15,7 +15,8 @@ from contextlib import AsyncExitStack
 from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Answer, Assign, Message
+from shared.bus.control import Assign
+from shared.bus.messages import Answer, Message
 from shared.engine.device import find_device
 from shared.engine.sequence import NewToken
 from shared.errors import ModelRefused, RequestError

@@ -19,10 +19,9 @@ from services.controller.policy.membership import Place
 from services.controller.workflows import Workflows
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
+from shared.bus.control import Assign, Assigned
 from shared.bus.messages import (
     Answer,
-    Assign,
-    Assigned,
     Cancel,
     DecodeRequest,
     Failed,

@@ -7,7 +7,8 @@ import pytest
 
 from services.controller import workflows
 from services.controller.policy.membership import Place
-from shared.bus.messages import Answer, Assign, Assigned, DecodeRequest, OrderRefusal, PrefillRequest
+from shared.bus.control import Assign, Assigned, OrderRefusal
+from shared.bus.messages import Answer, DecodeRequest, PrefillRequest
 from shared.registry.records import Role
 from tests.controller.fleet import Fleet, fleet
 from tests.controller.world import member, serving

@@ -11,6 +11,7 @@ from services.gateway.groups import Group
 from services.gateway.line import Line
 from services.gateway.streams import Streams
 from shared.bus import connection, subjects
+from shared.bus.api import Priority
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import (
     Answer,
@@ -23,7 +24,6 @@ from shared.bus.messages import (
     OutputToken,
     Prefilled,
     PrefillRequest,
-    Priority,
     StepTokens,
 )
 from shared.errors import ErrorBody, RequestError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shared.bus.messages import Assign, Assigned
+from shared.bus.control import Assign, Assigned
 from shared.errors import ModelRefused
 from shared.instance.assignment import DAY_S, Assignment
 from shared.kv.holder import KVHolder

@@ -13,10 +13,9 @@ from opentelemetry.context import Context
 from pydantic import BaseModel
 
 from shared.bus import subjects
+from shared.bus.control import Assign, Assigned
 from shared.bus.messages import (
     Answer,
-    Assign,
-    Assigned,
     Cancel,
     DecodeRequest,
     Failed,

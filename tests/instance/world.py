@@ -16,10 +16,9 @@ from pydantic import BaseModel
 
 from services.decode.role import DecodeRole
 from services.prefill.role import PrefillRole
+from shared.bus.control import Assign, Assigned
 from shared.bus.messages import (
     Answer,
-    Assign,
-    Assigned,
     Cancel,
     DecodeRequest,
     Failed,

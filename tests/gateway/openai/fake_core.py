@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from services.gateway.api import FirstToken
-from shared.bus.messages import OutputToken, Priority, TokenLogprobs, TopLogprob
+from shared.bus.api import Priority
+from shared.bus.messages import OutputToken, TokenLogprobs, TopLogprob
 from shared.errors import RequestError
 from shared.sampling import SamplingParams
 
