@@ -58,9 +58,11 @@ def main() -> None:
     arguments = _arguments()
     print(machine())
     factor = f"lengths x {arguments.factor:g}, {arguments.clients} clients, {arguments.instances} instances"
+    factor += f" of {arguments.prefill_slots} prefill or {arguments.decode_slots} decode slots"
     print(f"{arguments.engine} engine, {arguments.share:g} of a core each; {factor}")
     os.environ["PDSERVE_ENGINE_SHARE"] = str(arguments.share)
     os.environ["PDSERVE_PREFILL_SLOTS"] = str(arguments.prefill_slots)
+    os.environ["PDSERVE_DECODE_SLOTS"] = str(arguments.decode_slots)
     mixes = {
         "code": read_trace(arguments.code, arguments.factor, longest=LONGEST),
         "conv": read_trace(arguments.conv, arguments.factor, longest=LONGEST),
@@ -85,6 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="for each fixed split; three times that live")
     parser.add_argument("--share", type=float, default=0.25, help="of a core, for each instance")
     parser.add_argument("--prefill-slots", type=int, default=4)
+    parser.add_argument("--decode-slots", type=int, default=6, help="requests that an instance has memory for")
     parser.add_argument("--engine", choices=["torch", "mock"], default="torch")
     parser.add_argument("--model", help="a folder; the demonstration model unless given")
     parser.add_argument("--out", metavar="FILE.json")

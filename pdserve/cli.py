@@ -127,7 +127,8 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _run_up(arguments: argparse.Namespace) -> int:
     from pdserve.up import Wishes, places_of, up
     from shared import settings
-    from shared.groups import default_groups, read_groups
+    from shared.groups import default_groups
+    from shared.groups_file import read_groups
 
     model = _given(model=arguments.model, model_name=arguments.model_name)
     servers = _given(nats_url=arguments.nats, redis_url=arguments.redis)

@@ -21,22 +21,19 @@ from pathlib import Path
 
 import httpx
 
-from pdserve import runfile
+from pdserve import checks, runfile
 from pdserve.children import Child, Program, last_words, wait_for_exit
 from pdserve.forked import Forked, fork_server
 from pdserve.provisioning import Wanted
 from pdserve.servers import Servers
 from shared import settings
 from shared.addresses import shown
-from shared.bus import connection
 from shared.errors import PDServeError, SettingsInvalid
 from shared.groups import DEFAULT, GroupsFile
-from shared.registry import registry
 from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings
 from shared.text.files import read_object
 
 NATS_PORT = 4222
-SERVERS_TIMEOUT_S = 3.0
 READY_POLL_S = 0.05
 WATCH_S = 0.2
 KILL_AFTER_S = 5.0
@@ -95,10 +92,11 @@ def up(wishes: Wishes, folder: Path) -> int:
     """Serves until SIGINT or SIGTERM; the exit code."""
     asked_to_end = _listen_for_signals()
     gateway = settings.load(GatewaySettings, **wishes.gateway)
-    _check_mock_times(settings.load(InstanceSettings, **wishes.instance))  # to refuse now what services would refuse
+    # To refuse now what services would refuse.
+    checks.refuse_mock_times(settings.load(InstanceSettings, **wishes.instance))
     settings.load(ControllerSettings, **wishes.controller)
-    _refuse_second_up(folder)
-    _refuse_port_in_use(gateway.http_host, gateway.http_port)
+    checks.refuse_second_up(folder)
+    checks.refuse_port_in_use(gateway.http_host, gateway.http_port)
     started_at = time.monotonic()
     with _scratch(folder) as (logs, scratch):
         servers = Servers(scratch)
@@ -107,7 +105,7 @@ def up(wishes: Wishes, folder: Path) -> int:
             given = gateway.model_fields_set
             nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats(_usual_nats_port())
             redis_url = gateway.redis_url if "redis_url" in given else servers.start_redis()
-            asyncio.run(_refuse_absent_servers(nats_url, redis_url))
+            asyncio.run(checks.refuse_absent_servers(nats_url, redis_url))
             say(f"NATS at {shown(nats_url)}, Redis at {shown(redis_url)}")
             children = _children(wishes, gateway, {"nats_url": nats_url, "redis_url": redis_url}, logs)
             for child in children:
@@ -159,31 +157,6 @@ def _listen_for_signals() -> Asked:
     return asked
 
 
-def _refuse_second_up(folder: Path) -> None:
-    run = runfile.read(folder)
-    if run is not None:
-        raise SettingsInvalid(
-            f"`pdserve up` runs in this folder already (process {run.pid}, {run.address}): "
-            "end it, or start in another folder"
-        )
-
-
-def _check_mock_times(instance: InstanceSettings) -> None:
-    if instance.engine == "mock":
-        from shared.engine.mock import MockTimes  # which imports torch
-
-        MockTimes.parse(instance.mock_times)
-
-
-def _refuse_port_in_use(host: str, port: int) -> None:
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
-        raise SettingsInvalid(f"{host}:{port} cannot be used ({why}): take another with --port or --host") from error
-
-
 def _usual_nats_port() -> int:
     """NATS' own port if nobody has it, so that clients find it there; or any (-1)."""
     try:
@@ -191,15 +164,6 @@ def _usual_nats_port() -> int:
             return NATS_PORT
     except OSError:
         return -1
-
-
-async def _refuse_absent_servers(nats_url: str, redis_url: str) -> None:
-    """Raises `BusUnavailable` or `RegistryUnavailable` before anything waits for servers that are not there."""
-    async with (
-        connection.connect(nats_url, name="pdserve-up", timeout_s=SERVERS_TIMEOUT_S),
-        registry.connect(redis_url, ttl_s=1.0, timeout_s=SERVERS_TIMEOUT_S),
-    ):
-        pass
 
 
 @contextmanager

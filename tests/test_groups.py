@@ -19,9 +19,9 @@ from shared.groups import (
     PlanEntry,
     declared_name,
     default_groups,
-    read_groups,
     replica_name,
 )
+from shared.groups_file import read_groups
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,8 @@ from services.controller.workflows import Workflows
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import RegistryUnavailable
-from shared.groups import GroupsFile, default_groups, read_groups
+from shared.groups import GroupsFile, default_groups
+from shared.groups_file import read_groups
 from shared.process import Lifetime
 from shared.registry import registry
 from shared.registry.registry import Registry

@@ -16,8 +16,9 @@ from shared.bus.messages import Answer, DecodeRequest, KVLease, Moved, OutputTok
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import InstanceFailed, TransferFailed
 from shared.instance.outbox import output_token
+from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
-from shared.instance.role import Held, InstanceParts, Role
+from shared.instance.role import Role
 from shared.kv.fetcher import KVFetcher
 from shared.telemetry import tracing
 

@@ -1,7 +1,7 @@
 """What one group's requests do in this gateway, for the controller to see."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from shared.registry.records import Traffic
 
@@ -36,17 +36,4 @@ class Counts:
         self.e2e_s += time.time() - arrived_at
 
     def snapshot(self, waiting_prefill: int, waiting_decode: int) -> Traffic:
-        return Traffic(
-            open=self.open,
-            waiting_prefill=waiting_prefill,
-            waiting_decode=waiting_decode,
-            num_arrived=self.num_arrived,
-            num_done=self.num_done,
-            num_shed=self.num_shed,
-            num_first_tokens=self.num_first_tokens,
-            num_in_time=self.num_in_time,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-            ttft_s=self.ttft_s,
-            e2e_s=self.e2e_s,
-        )
+        return Traffic(**asdict(self), waiting_prefill=waiting_prefill, waiting_decode=waiting_decode)

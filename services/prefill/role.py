@@ -12,8 +12,9 @@ from shared.engine.sequence import NewToken
 from shared.engine.work import PromptWork
 from shared.instance.outbox import output_token
 from shared.instance.pace import Pace
+from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
-from shared.instance.role import Held, InstanceParts, Role
+from shared.instance.role import Role
 from shared.telemetry import tracing
 
 

@@ -23,7 +23,8 @@ from shared.errors import ModelRefused, RequestError
 from shared.instance.assignment import Assignment
 from shared.instance.body import Body, Loaded, load, open_body
 from shared.instance.outbox import Outbox
-from shared.instance.role import InstanceParts, Role, find_role
+from shared.instance.parts import InstanceParts
+from shared.instance.role import Role, find_role
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.records import Admissions, InstanceRecord

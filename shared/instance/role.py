@@ -10,87 +10,31 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import ClassVar
 
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import SpanKind
 
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, Cancel, InstanceRequest, KVLease, RefusalReason
-from shared.engine.engine import ServedModel
-from shared.engine.prefix_cache import PrefixCache
-from shared.engine.runner import EngineRunner, check
+from shared.engine.runner import check
 from shared.engine.sequence import NewToken, Sequence
-from shared.engine.staging import Staging
 from shared.engine.work import PromptWork
 from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
 from shared.instance.admission import InstanceFacts, RequestFacts, refusal, room_refusal
-from shared.instance.outbox import BUS_WAS_AWAY, Outbox
-from shared.instance.reservations import Reservation, Reservations, Room
-from shared.kv.holder import KVHolder, Lease
-from shared.registry.records import Admissions, Work
+from shared.instance.outbox import BUS_WAS_AWAY
+from shared.instance.parts import Held, InstanceParts
+from shared.instance.reservations import Reservations, Room
+from shared.kv.holder import Lease
+from shared.registry.records import Admissions
 from shared.registry.records import Role as RoleName
-from shared.settings import InstanceSettings
 from shared.telemetry import tracing
 
 WANTS_ROOM: frozenset[RefusalReason] = frozenset({"no_slot", "no_blocks"})
 """A gateway that is refused for these is told when there is room again."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceParts:
-    """What an instance has, whichever role it plays."""
-
-    settings: InstanceSettings
-    instance_id: str
-    epoch: Callable[[], int]
-    group: Callable[[], str]
-    accepting: Callable[[], bool]
-    loaded: ServedModel
-    max_model_len: int
-    staging: Staging
-    cache: PrefixCache
-    runner: EngineRunner
-    holder: KVHolder
-    outbox: Outbox
-    tasks: asyncio.TaskGroup
-    told: Callable[[], Awaitable[None]]
-    """Returns once all tokens that the engine has given are told to their gateways."""
-    work: Callable[[], Work]
-    """What the engine has done so far."""
-    in_step_s: Callable[[], float]
-    """For how long its step under way has been."""
-    room_came_free: Callable[[], None]
-    """Called when a request was let go: its blocks are for every role of this instance."""
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """A request that this instance has accepted, and all that it holds for it."""
-
-    request_id: str
-    gateway_id: str
-    sequence: Sequence
-    reservation: Reservation
-    deadline: float
-    span: Span
-    accepted_at: float = field(default_factory=time.monotonic)
-    expected_s: float = 0.0
-    """After how long its first token was expected when it was accepted."""
-    in_engine: bool = False
-    computes_prompt: bool = False
-    """Its prompt is computed here, by a decode instance, and its first token has not come yet."""
-    lease_id: str | None = None
-    """The only key to its KV, while that waits to be fetched."""
-    transfer: asyncio.Task[None] | None = None
-
-    @property
-    def ending(self) -> bool:
-        return self.reservation.is_ending
 
 
 class Role(ABC):

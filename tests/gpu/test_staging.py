@@ -80,17 +80,19 @@ async def test_nothing_at_all() -> None:
 
 
 async def test_who_is_cancelled_waits_until_the_blocks_are_free() -> None:
-    may_end = threading.Event()
+    began, may_end = threading.Event(), threading.Event()
     ended: list[bool] = []
 
     def move() -> None:
+        began.set()
         assert may_end.wait(10)
         ended.append(True)
 
     settling = asyncio.create_task(Parcel([], move).settle())
-    await asyncio.sleep(0.05)
+    assert await asyncio.to_thread(began.wait, 10)
     settling.cancel()
-    await asyncio.sleep(0.05)
+    for _ in range(10):
+        await asyncio.sleep(0)
     assert not settling.done()
     may_end.set()
     with pytest.raises(asyncio.CancelledError):

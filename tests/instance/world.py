@@ -40,7 +40,8 @@ from shared.errors import DeadlineExceeded, RequestError
 from shared.instance.assignment import Assignment
 from shared.instance.body import Body
 from shared.instance.outbox import Outbox
-from shared.instance.role import Held, InstanceParts, Role
+from shared.instance.parts import Held, InstanceParts
+from shared.instance.role import Role
 from shared.kv import wire
 from shared.kv.holder import Lease
 from shared.registry.records import Role as RoleName
