@@ -183,7 +183,7 @@ def test_work_is_counted() -> None:
     run(engine)
     done = engine.work.snapshot()
     assert done.model_copy(update={"prefill_s": 0.0, "decode_s": 0.0, "decode_rows_s": 0.0}) == Work(
-        prefill_tokens=100, num_prefilled=1, decode_steps=2, decode_rows=2, decode_rows_squared=2
+        prefill_tokens=100, prefill_pairs=5050, num_prefilled=1, decode_steps=2, decode_rows=2, decode_rows_squared=2
     )
 
 

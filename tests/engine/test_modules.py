@@ -65,18 +65,32 @@ def test_linears_compute_the_same(either: Library | None, dtype: torch.dtype, nu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [NativeLinear, Int8Linear])
 @pytest.mark.parametrize("num_threads", [1, 2])
+# The last two suit a matrix unit, where there is one; the very last has its rows in several turns.
+@pytest.mark.parametrize(("in_features", "num_rows"), [(80, 70), (192, 70), (4096, 300)])
 @torch.inference_mode()
-def test_a_row_does_not_depend_on_its_batch(library: Library, dtype: torch.dtype, num_threads: int) -> None:
+def test_a_row_does_not_depend_on_its_batch(
+    library: Library,
+    dtype: torch.dtype,
+    kind: type[NativeLinear | Int8Linear],
+    num_threads: int,
+    in_features: int,
+    num_rows: int,
+) -> None:
     """To the bit: the sums of a row have one order, with any number of rows and threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        native = NativeLinear(nn.Linear(80, 100).to(dtype), library)
-        rows = torch.randn(40, 80).to(dtype)
+        plain = nn.Linear(in_features, 100).to(dtype)
+        native = kind(plain, library)
+        rows = torch.randn(num_rows, in_features).to(dtype)
         together = native(rows)
-        for batch in (1, 3, 12, 13, 25):
+        error = (together - plain(rows)).abs().max() / plain(rows).abs().max()
+        assert error < (0.1 if kind is Int8Linear else TOLERANCE[dtype])
+        for batch in (0, 1, 3, 12, 13, 16, 17, 31, 32, 33, 48, 63):
             assert torch.equal(native(rows[:batch]), together[:batch])
+            assert torch.equal(native(rows[batch:]), together[batch:])
     finally:
         torch.set_num_threads(before)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("linear.cpp", "elementwise.cpp", "decode.cpp", "prefill.cpp", "draw.cpp")
-HEADERS = ("vectors.h", "tile.h", "paged.h")
+HEADERS = ("vectors.h", "tile.h", "matrix_tiles.h", "paged.h")
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-Wno-psabi")
 # Without -fopenmp here, the library uses the OpenMP that torch has loaded already, and its threads.
 LINK = ("-shared",)

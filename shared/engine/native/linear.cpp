@@ -1,9 +1,14 @@
 // Rows times packed weights. Weights lie in panels of 32 output features, and a panel is read once, from end to end, for
 // up to 12 rows: with few rows that is as fast as memory is, with many as fast as the processor multiplies. The sum for
 // an output has the same order whatever the number of rows, so a request's results do not depend on its batch.
+#include <algorithm>
+#include <optional>
+#include <utility>
 #include <vector>
 
-#include "tile.h"
+#include "matrix_tiles.h"
+
+constexpr long TURN_BYTES = 1 << 20;
 
 enum Gate { NO_GATE, SILU, GELU_TANH };
 
@@ -63,7 +68,7 @@ static void some_rows(
 
 template <class Kind, class Finish>
 static void one_panel(
-    const uint32_t* rows, long row_words, long num_rows, const uint32_t* panel, long steps, long feature,
+    const uint32_t* rows, long row_words, long begin, long behind, const uint32_t* panel, long steps, long feature,
     const Finish& end) {
     typedef void (*Some)(const uint32_t*, long, const uint32_t*, long, long, long, const Finish&);
     static const Some by_rows[MAX_ROWS + 1] = {
@@ -74,9 +79,9 @@ static void one_panel(
         some_rows<Kind, 10, Finish>, some_rows<Kind, 11, Finish>, some_rows<Kind, 12, Finish>,
     };
     // Tiles as equal as can be: 16 rows are 8 and 8, not 12 and 4.
-    const long num_tiles = (num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (long i = 0, row = 0; i < num_tiles; i++) {
-        const long count = (num_rows - row) / (num_tiles - i);
+    const long num_tiles = (behind - begin + MAX_ROWS - 1) / MAX_ROWS;
+    for (long i = 0, row = begin; i < num_tiles; i++) {
+        const long count = (behind - row) / (num_tiles - i);
         by_rows[count](rows, row_words, panel, steps, row, feature, end);
         row += count;
     }
@@ -98,16 +103,74 @@ struct Apart {
     }
 };
 
+// Rows whose sums are there, in one tile or two: they are finished while the matrix unit multiplies the next ones.
+template <class Kind, class Finish>
+struct Finishing {
+    typename Kind::Sums sums[2 * TILE_ROWS][2];
+    long row = 0, last = 0, first_tile = 0, second_tile = 0;
+
+    inline void some(long most, long feature, const Finish& end) {
+        for (const long until = std::min(row + most, last); row < until; row++) {
+            const bool in_first = row < first_tile + TILE_ROWS;
+            const auto& of_row = sums[in_first ? row - first_tile : TILE_ROWS + row - second_tile];
+            end(row, feature, of_row[0]);
+            end(row, feature + LANES, of_row[1]);
+        }
+    }
+};
+
+// As `one_panel`, by the matrix unit. Its last tile has the full number of rows, too, if there are so many: some of them
+// are computed twice, and finished once.
+template <class Kind, class Finish>
+static void one_panel_of_tiles(
+    const uint32_t* rows, long row_words, long begin, long behind, const uint32_t* panel, long steps, long feature,
+    const Finish& end) {
+    alignas(64) Finishing<Kind, Finish> turns[2];
+    Finishing<Kind, Finish>*now = turns, *before = turns + 1;
+    const long at_once = (2 * TILE_ROWS * TILE_STEPS + steps - 1) / steps;
+    const auto meanwhile = [&](const uint32_t* words) {
+        if (before->last == 0) {  // the panel comes from memory
+            for (int line = 0; line < 2 * TILE_STEPS; line++) fetch(words + line * LANES);
+        } else {
+            before->some(at_once, feature, end);
+        }
+    };
+    for (long row = begin; row < behind; row += 2 * TILE_ROWS, std::swap(now, before)) {
+        now->row = row;
+        now->last = std::min(row + 2 * TILE_ROWS, behind);
+        now->first_tile = std::max(0L, std::min(row, behind - TILE_ROWS));
+        now->second_tile = std::min(row + TILE_ROWS, behind - TILE_ROWS);
+        const bool has_second = row + TILE_ROWS < behind;
+        matrix_tiles<Kind>(
+            rows + now->first_tile * row_words, has_second ? rows + now->second_tile * row_words : nullptr, row_words,
+            panel, steps, now->sums, meanwhile);
+    }
+    before->some(2 * TILE_ROWS, feature, end);
+}
+
 template <class Kind, class Finish>
 static void all_panels(
     const void* given, long num_rows, const void* packed, long in_features, long out_features, int threads,
     const Finish& end) {
     const long steps = in_features / Kind::STEP, num_panels = (out_features + PANEL - 1) / PANEL;
+    if (num_rows == 0) return;
     const Apart apart(given, num_rows, steps);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long index = 0; index < num_panels; index++) {
-        const uint32_t* panel = (const uint32_t*)packed + index * PANEL * steps;
-        one_panel<Kind>(apart.rows, apart.row_words, num_rows, panel, steps, index * PANEL, end);
+    const bool by_tiles = suits_matrix_unit<Kind>(steps);
+    // Rows by the matrix unit come in turns that the second cache holds.
+    const long turn = by_tiles ? std::max(2 * TILE_ROWS, TURN_BYTES / (apart.row_words * 4)) : num_rows;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::optional<MatrixUnit> unit;
+        if (by_tiles) unit.emplace(std::min(num_rows, TILE_ROWS));
+        for (long row = 0; row < num_rows; row += turn) {
+            const long behind = std::min(row + turn, num_rows);
+#pragma omp for schedule(static) nowait
+            for (long index = 0; index < num_panels; index++) {
+                const uint32_t* panel = (const uint32_t*)packed + index * PANEL * steps;
+                (by_tiles ? one_panel_of_tiles<Kind, Finish> : one_panel<Kind, Finish>)(
+                    apart.rows, apart.row_words, row, behind, panel, steps, index * PANEL, end);
+            }
+        }
     }
 }
 

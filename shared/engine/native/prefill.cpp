@@ -1,10 +1,12 @@
 // Attention of many tokens of one request to its KV in the paged pool, as FlashAttention (arXiv 2205.14135) has it: keys
 // and values pass by in chunks, and every query keeps a running softmax. Chunks begin at multiples of 64 positions, so a
 // token's result is the same, to the bit, however its prompt is cut into steps.
+#include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "matrix_tiles.h"
 #include "paged.h"
-#include "tile.h"
 
 constexpr int CHUNK = 64;
 constexpr int PARTS = CHUNK / PANEL;
@@ -50,6 +52,29 @@ struct Chunk {
         memcpy(&low, rows[0] + column, sizeof low);
         if (rows[1]) memcpy(&high, rows[1] + column, sizeof high);
         return wide(low) | wide(high) << 16;
+    }
+};
+
+// Rows times a panel: `COUNT` of them, or up to two tiles of the matrix unit, which reads whole tiles.
+template <class Kind, int COUNT>
+struct Times {
+    static constexpr int ROWS = COUNT;
+    typedef typename Kind::Sums Sums;
+    void operator()(
+        const uint32_t* rows, long row_words, const uint32_t* panel, long steps, Sums (&sums)[ROWS][2]) const {
+        tile<Kind, COUNT>(rows, row_words, panel, steps, sums);
+    }
+};
+
+template <class Kind>
+struct MatrixTimes {
+    static constexpr int ROWS = 2 * TILE_ROWS;
+    long count;
+    typedef typename Kind::Sums Sums;
+    void operator()(
+        const uint32_t* rows, long row_words, const uint32_t* panel, long steps, Sums (&sums)[ROWS][2]) const {
+        const uint32_t* second = count > TILE_ROWS ? rows + TILE_ROWS * row_words : nullptr;
+        matrix_tiles<Kind>(rows, second, row_words, panel, steps, sums, [](const uint32_t*) {});
     }
 };
 
@@ -109,28 +134,28 @@ struct Rows {
         return rescale;
     }
 
-    template <int COUNT>
-    void some(long row, long chunk_first, const Chunk<Kind>& chunk) {
-        floats scores[COUNT][CHUNK / LANES];
-        T weights[COUNT][CHUNK];
-        float rescale[COUNT];
+    // The first `count` of these rows; what is computed for the others is thrown away.
+    template <class Product>
+    void some(long row, long count, long chunk_first, const Chunk<Kind>& chunk, const Product& times) {
+        constexpr int MOST = Product::ROWS;
+        constexpr long STEPS = CHUNK / Kind::STEP;
+        floats scores[MOST][CHUNK / LANES];
+        alignas(64) T weights[MOST][CHUNK];
+        alignas(64) floats sums[MOST][2];
+        float rescale[MOST];
         const long key_words = key_dim / Kind::STEP;
         const uint32_t* words = (const uint32_t*)(queries.data() + row * key_dim);
         for (int part = 0; part < PARTS; part++) {
-            floats sums[COUNT][2];
-            tile<Kind, COUNT>(words, key_words, chunk.keys.data() + part * key_words * PANEL, key_words, sums);
-            for (int i = 0; i < COUNT; i++) {
+            times(words, key_words, chunk.keys.data() + part * key_words * PANEL, key_words, sums);
+            for (int i = 0; i < count; i++) {
                 scores[i][2 * part] = sums[i][0];
                 scores[i][2 * part + 1] = sums[i][1];
             }
         }
-        for (int i = 0; i < COUNT; i++) rescale[i] = weigh(row + i, chunk_first, scores[i], weights[i]);
+        for (int i = 0; i < count; i++) rescale[i] = weigh(row + i, chunk_first, scores[i], weights[i]);
         for (long column = 0; column < value_dim; column += PANEL) {
-            floats sums[COUNT][2];
-            constexpr long STEPS = CHUNK / Kind::STEP;
-            tile<Kind, COUNT>(
-                (const uint32_t*)weights, STEPS, chunk.values.data() + column / PANEL * STEPS * PANEL, STEPS, sums);
-            for (int i = 0; i < COUNT; i++) {
+            times((const uint32_t*)weights, STEPS, chunk.values.data() + column / PANEL * STEPS * PANEL, STEPS, sums);
+            for (int i = 0; i < count; i++) {
                 float* to = outputs.data() + (row + i) * value_dim + column;
                 for (long half = 0; half < 2 && column + half * LANES < value_dim; half++) {
                     store(to + half * LANES, load(to + half * LANES) * rescale[i] + sums[i][half]);
@@ -139,12 +164,21 @@ struct Rows {
         }
     }
 
-    void take(long chunk_first, const Chunk<Kind>& chunk) {
+    void take(long chunk_first, const Chunk<Kind>& chunk, bool by_tiles) {
         long row = begin(chunk_first);
         const long last = end(chunk_first);
-        for (; row + MAX_ROWS <= last; row += MAX_ROWS) some<MAX_ROWS>(row, chunk_first, chunk);
-        for (; row + 3 <= last; row += 3) some<3>(row, chunk_first, chunk);
-        for (; row < last; row++) some<1>(row, chunk_first, chunk);
+        if (by_tiles) {
+            for (; row < last; row += MatrixTimes<Kind>::ROWS) {
+                const long count = std::min(last - row, (long)MatrixTimes<Kind>::ROWS);
+                some(row, count, chunk_first, chunk, MatrixTimes<Kind>{count});
+            }
+            return;
+        }
+        for (; row + MAX_ROWS <= last; row += MAX_ROWS) {
+            some(row, MAX_ROWS, chunk_first, chunk, Times<Kind, MAX_ROWS>{});
+        }
+        for (; row + 3 <= last; row += 3) some(row, 3, chunk_first, chunk, Times<Kind, 3>{});
+        for (; row < last; row++) some(row, 1, chunk_first, chunk, Times<Kind, 1>{});
     }
 };
 
@@ -157,7 +191,7 @@ static void some_rows(
     typedef typename Kind::Element T;
     const long group = shape.num_heads / shape.num_kv_heads;
     Rows<Kind> rows{shape, request, group, keys.dim, values.dim, first_row, num_rows, {}, {}, {}};
-    rows.queries.resize(num_rows * keys.dim);
+    rows.queries.resize((num_rows + 2 * TILE_ROWS) * keys.dim);  // whole tiles are read, from any row on
     rows.outputs.assign(num_rows * values.dim, 0.0f);
     for (long row = 0; row < num_rows; row++) {
         const long token = (first_row + row) / group, query = head * group + (first_row + row) % group;
@@ -166,11 +200,14 @@ static void some_rows(
             keys.dim * sizeof(T));
         rows.running.push_back(sinks ? Running{sinks[query], 1.0f} : Running{-INFINITY, 0.0f});
     }
+    const bool by_tiles = suits_matrix_unit<Kind>(keys.dim / Kind::STEP);
+    std::optional<MatrixUnit> unit;
+    if (by_tiles) unit.emplace(TILE_ROWS);
     Chunk<Kind> chunk;
     const long seen = shape.window ? rows.position(0) - shape.window + 1 : 0;
     for (long first = (seen > 0 ? seen : 0) / CHUNK * CHUNK; first <= rows.position(num_rows - 1); first += CHUNK) {
         chunk.read(keys, values, request, head, first);
-        rows.take(first, chunk);
+        rows.take(first, chunk, by_tiles);
     }
     for (long row = 0; row < num_rows; row++) {
         const long token = (first_row + row) / group, query = head * group + (first_row + row) % group;
