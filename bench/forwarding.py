@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.load import Item, Outcome, load_client, read_trace
+from bench.load import Item, Outcome, at_rate, load_client, read_trace
 from bench.running import Running, machine, pdserve_up
 
 LONGEST = 2000
@@ -133,11 +133,8 @@ async def _play(
     running: Running, way: str, load: float, per_s: float, items: Sequence[Item], arguments: argparse.Namespace
 ) -> Point:
     """The beginning of the trace at a speed that gives so many requests per second."""
-    number = round(per_s * arguments.seconds)
-    part = items[:number]
-    speed = per_s / ((len(part) - 1) / part[-1].at_s)
     async with load_client(running.nats_url, seed=int(load * 10)) as client:
-        await client.open_loop(part, speed)
+        await client.open_loop(at_rate(items, per_s, arguments.seconds))
         return _point(way, load, client.outcomes, arguments.ttft_ms / 1000)
 
 

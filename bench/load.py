@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +48,13 @@ def read_trace(path: str | Path, length_factor: float, *, longest: int, limit: i
                 break
     first = items[0].at_s
     return [Item(one.at_s - first, one.num_prompt_tokens, one.num_output_tokens) for one in items]
+
+
+def at_rate(items: Sequence[Item], per_s: float, seconds: float) -> list[Item]:
+    """The beginning of a trace, at the speed that gives so many requests per second for so long."""
+    part = items[: round(per_s * seconds)]
+    slower = (len(part) - 1) / part[-1].at_s / per_s
+    return [replace(one, at_s=one.at_s * slower) for one in part]
 
 
 @dataclass(slots=True)
@@ -144,12 +151,12 @@ class LoadClient:
 
         await asyncio.gather(*(client() for _ in range(num_clients)))
 
-    async def open_loop(self, items: Sequence[Item], speed: float, **fields: object) -> None:
-        """Requests at the times of a trace that runs `speed` times as fast, whatever becomes of those before."""
+    async def open_loop(self, items: Sequence[Item], **fields: object) -> None:
+        """Requests at their times, whatever becomes of those before."""
         started_at = time.monotonic()
         async with asyncio.TaskGroup() as tasks:
             for item in items:
-                await asyncio.sleep(max(0.0, started_at + item.at_s / speed - time.monotonic()))
+                await asyncio.sleep(max(0.0, started_at + item.at_s - time.monotonic()))
                 tasks.create_task(self.send(item, **fields))  # type: ignore[arg-type]
 
 
