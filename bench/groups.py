@@ -3,10 +3,10 @@
     .venv/bin/python -m bench.groups CODE.csv CONV.csv [--rates 6 4] [--seconds 60] [--factor 0.125]
 
 Two traces of Azure's LLM inference dataset at once, with their own arrivals at a speed that gives `--rates` requests
-per second, lengths scaled by one factor. Each scenario has prompts of its own that many requests begin with (--prefixes of
---prefix-tokens tokens). Both ways get the same requests, and have six instances, the same objectives and a controller
-that keeps the ratio: *mixed* is one group for all, *groups* is one for each scenario. Goodput is requests per second
-whose first token and whose further ones came within the objectives; what was ended early is not among them.
+per second, lengths scaled by one factor. Each scenario has prompts of its own that many requests begin with
+(--prefixes of --prefix-tokens tokens). Both ways get the same requests, and have six instances, the same objectives and
+a controller that keeps the ratio: *mixed* is one group for all, *groups* is one for each scenario. Goodput is requests
+per second whose first token and whose further ones came within the objectives; what was ended early is not among them.
 """
 
 import argparse
