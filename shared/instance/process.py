@@ -70,11 +70,13 @@ class Instance:
         self._started_at = time.time()
         self._outbox = Outbox(bus, instance_id)
         self._beat: Callable[[], Awaitable[None]] | None = None
+        self._over = asyncio.Event()
+        """Tells the body to end."""
 
     async def run(self, loaded: Loaded) -> None:
         """Serves until the lifetime ends, then drains."""
-        async with AsyncExitStack() as bodies, asyncio.TaskGroup() as tasks:
-            self._bodies = bodies
+        async with asyncio.TaskGroup() as self._bodies, AsyncExitStack() as last, asyncio.TaskGroup() as tasks:
+            last.callback(lambda: self._over.set())
             self._tasks = tasks
             await self._embody(self.settings.model, loaded)
             self.assignment = Assignment(self.settings, tasks, self._make_role, self._change_body, self._announce)
@@ -90,14 +92,29 @@ class Instance:
                 await self.lifetime.until_ending()
                 await self._drain()
             sweeping.cancel()
-            self._telling.cancel()
             self.assignment.close()
 
     async def _embody(self, model_path: str, loaded: Loaded) -> None:
-        self.body: Body = await self._bodies.enter_async_context(
-            open_body(self.settings, model_path, loaded, self._on_crash)
-        )
-        self._telling = self._tasks.create_task(self.body.tell_tokens(self._tell))
+        """Raises ModelRefused, or whatever else keeps the body from being there."""
+        there: asyncio.Future[Body] = asyncio.get_running_loop().create_future()
+        self._over = asyncio.Event()
+        self._life = self._bodies.create_task(self._live(model_path, loaded, there, self._over))
+        self.body: Body = await there
+
+    async def _live(self, model_path: str, loaded: Loaded, there: asyncio.Future[Body], over: asyncio.Event) -> None:
+        """A body, until it is over. It has a task of its own, so that a fault in what it serves ends the instance."""
+        try:
+            async with open_body(self.settings, model_path, loaded, self._on_crash) as body:
+                telling = self._bodies.create_task(body.tell_tokens(self._tell))
+                there.set_result(body)
+                try:
+                    await over.wait()
+                finally:
+                    telling.cancel()
+        except Exception as error:
+            if there.done():
+                raise
+            there.set_exception(error)
 
     async def _change_body(self, model_path: str) -> None:
         """Another model in place of this one, which stays if that cannot be served."""
@@ -113,8 +130,8 @@ class Instance:
                 f"{before.loaded.vocab_size}: gateways could not speak to both; start it as a deployment of its own"
             )
         old_path, old = before.model_path, before.loaded
-        self._telling.cancel()
-        await self._bodies.aclose()
+        self._over.set()
+        await asyncio.wait([self._life])
         try:
             await self._embody(model_path, loaded)
         except Exception as error:
