@@ -42,11 +42,17 @@ class Admin:
             "abort": self._abort_upgrade,
         }
 
+    def take_over(self) -> None:
+        """Goes on with an upgrade that the leader before has begun."""
+        model = self._brain.maps.next_model()
+        if model is not None and not (self._upgrade and self._upgrade.is_running):
+            self._start_upgrade(model)
+
     def upgrade_status(self) -> str | None:
         return self._upgrade.status() if self._upgrade else None
 
     def abandon(self) -> None:
-        """Ends an upgrade where it is: what is half-way stays so, and serves."""
+        """Ends an upgrade where it is: what is half-way serves, and the next leader goes on with it."""
         if self._upgrading is not None:
             self._upgrading.cancel()
 
@@ -94,20 +100,18 @@ class Admin:
 
     async def _drain(self, request: AdminRequest) -> str:
         record = self._instance(request)
-        workflows = self._brain.workflows
-        if record.state == "spare":
-            workflows.kept_out.add(record.id)
-            return f"{record.id} is a spare, and stays one"
         self._refuse_last(record, "drain it")
+        workflows = self._brain.workflows
+        work = workflows.release(record.id, drained=True)
         place = place_of(record)
         if place is None:
-            raise Refused(f"{record.id} has no role: wait until it has settled")
-        workflows.kept_out.add(record.id)
-        decision = self._brain.decisions.take(place.group, f"drains {record.id}", "an operator wishes it (drain)")
-        await asyncio.wait([workflows.start(record.id, place, workflows.release(record.id), decision)])
-        if decision.outcome != "done":
-            raise WorkflowFailed(decision.outcome)
-        return f"{record.id} is a spare: end it, or give it a role with `pdserve flip`"
+            await work
+        else:
+            decision = self._brain.decisions.take(place.group, f"drains {record.id}", "an operator wishes it (drain)")
+            await asyncio.wait([workflows.start(record.id, place, work, decision)])
+            if decision.outcome != "done":
+                raise WorkflowFailed(decision.outcome)
+        return f"{record.id} is drained: end it, or give it a role with `pdserve flip`"
 
     async def _control(self, request: AdminRequest) -> str:
         if request.control is None:
@@ -122,11 +126,15 @@ class Admin:
             raise Refused(
                 f"an upgrade is under way ({self._upgrade.status()}): wait for it, or `pdserve upgrade --abort`"
             )
-        upgrade = Upgrade(self._brain, self._maps, request.model)
+        self._start_upgrade(request.model)
+        return f"upgrades to {request.model}: `pdserve status` shows how far it is"
+
+    def _start_upgrade(self, model: str) -> None:
+        """Raises ImpossibleUpgrade."""
+        upgrade = Upgrade(self._brain, self._maps, model)
         upgrade.refuse_impossible()
         self._upgrade = upgrade
         self._upgrading = self._tasks.create_task(upgrade.run())
-        return f"upgrades to {request.model}: `pdserve status` shows how far it is"
 
     async def _pause_upgrade(self, request: AdminRequest) -> str:
         return self._running_upgrade().pause()

@@ -83,10 +83,23 @@ class Maps:
                 if len(kept) < len(known.members):
                     await self._write(known.model_copy(update={"members": kept}))
 
+    def next_model(self) -> str | None:
+        """The model of an upgrade under way, whoever has begun it."""
+        return next((one.next_model_path for one in self._cluster.maps.values() if one.next_model_path), None)
+
+    async def plan_model(self, names: Iterable[str], model_path: str | None) -> None:
+        """Says that an upgrade will give these groups other weights; None that it will not, after all."""
+        async with self._writing:
+            for name in names:
+                known = self._cluster.maps.get(name)
+                if known is not None and known.next_model_path != model_path:
+                    await self._write(known.model_copy(update={"next_model_path": model_path}))
+
     async def want_model(self, name: str, model_path: str) -> None:
         """From now on the group's members have these weights, and whoever joins gets them. Raises `GroupGone`."""
         async with self._writing:
-            await self._write(self._known(name).model_copy(update={"model_path": model_path}))
+            update = {"model_path": model_path, "next_model_path": None}
+            await self._write(self._known(name).model_copy(update=update))
 
     async def forget(self, name: str) -> None:
         """Forgets a group that is no more."""

@@ -120,6 +120,7 @@ class Controller:
             if lead.term != self._term:
                 await self._cluster.forget_old_maps(self._records)
                 await self._brain.take_over()
+                self._admin.take_over()
                 self._term = lead.term
             await self._brain.think()
         except (LeadLost, RegistryUnavailable) as error:

@@ -7,12 +7,13 @@ that group goes back.
 """
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass, field
 
 from services.controller.brain import Brain
 from services.controller.canary import CanaryFailed
-from services.controller.maps import Maps
+from services.controller.maps import LeadLost, Maps
 from services.controller.policy.membership import Place, place_of
 from services.controller.policy.upgrade import Batch, batches
 from services.controller.workflows import WorkflowFailed
@@ -69,19 +70,29 @@ class Upgrade:
     async def run(self) -> None:
         """The upgrade, to its end."""
         self.brain.is_paused = True
+        groups = self._groups()
         try:
-            for name in self._groups():
+            await self.maps.plan_model(groups, self.model)
+            for name in groups:
                 await self._upgrade_group(name)
             self._outcome = f"done, {len(self._done)} instances"
+        except LeadLost as error:
+            self._outcome = f"left to the next leader: {error}"
         except PDServeError as error:
-            self._outcome = f"stopped: {error}"
-            log.error("%s", self._outcome)
+            await self._stop(groups, f"stopped: {error}")
         except Exception as error:
-            self._outcome = f"stopped by a fault of this program: {error!r}"
             log.exception("an upgrade met a fault of this program")
+            await self._stop(groups, f"stopped by a fault of this program: {error!r}")
         finally:
             self.is_running = False
             self.brain.is_paused = False
+
+    async def _stop(self, groups: list[str], outcome: str) -> None:
+        """Nobody is to go on with it."""
+        self._outcome = outcome
+        log.error("%s", outcome)
+        with contextlib.suppress(LeadLost):
+            await self.maps.plan_model(groups, None)
 
     def _groups(self) -> list[str]:
         return sorted(name for name, one in self.brain.cluster.maps.items() if one.members)

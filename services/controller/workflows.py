@@ -44,7 +44,7 @@ class Workflows:
     coming: dict[str, Place] = field(default_factory=dict)
     """Where the instances that are on their way go, by id."""
     kept_out: set[str] = field(default_factory=set)
-    """Spares that an operator has drained, or whose canary has failed."""
+    """Spares whose canary has failed."""
     _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
     """How often in a row workflows of an instance have failed, and until when (monotonic) it is left alone."""
     _running: set[asyncio.Task[None]] = field(default_factory=set)
@@ -128,14 +128,14 @@ class Workflows:
                 raise
             await self._roll_back(instance_id, was, before.model_path if model else None, error)
 
-    async def release(self, instance_id: str, *, patience_s: float | None = None) -> None:
-        """Makes a spare of it.
+    async def release(self, instance_id: str, *, drained: bool = False, patience_s: float | None = None) -> None:
+        """Makes a spare of it; a `drained` one stays so until an operator flips it.
 
         Raises:
             WorkflowFailed: it does not follow.
         """
         await self.maps.remove([instance_id])
-        await self._order(instance_id, None, None, patience_s)
+        await self._order(instance_id, None, None, patience_s, drained=drained)
 
     async def _move_to(
         self, instance_id: str, place: Place, model: str | None = None, patience_s: float | None = None
@@ -153,7 +153,15 @@ class Workflows:
             raise WorkflowFailed(f"{why}; and it could not be rolled back: {error}") from error
         raise WorkflowFailed(f"{why}; it is {was.role} of {was.group} again")
 
-    async def _order(self, instance_id: str, place: Place | None, model: str | None, patience_s: float | None) -> None:
+    async def _order(
+        self,
+        instance_id: str,
+        place: Place | None,
+        model: str | None,
+        patience_s: float | None,
+        *,
+        drained: bool = False,
+    ) -> None:
         """Gives the order, and waits until the record says that it was followed."""
         record = self._record(instance_id)
         order = Assign(
@@ -163,6 +171,7 @@ class Workflows:
             group=place.group if place else None,
             model=model if model != record.model_path else None,
             peers=self._peers(place),
+            drained=drained,
             patience_s=patience_s,
         )
         try:
@@ -184,7 +193,7 @@ class Workflows:
     def _has_followed(self, instance_id: str, epoch: int) -> bool:
         """Whether it is done with the order, or gone."""
         record = self.cluster.alive.get(instance_id)
-        return record is None or (record.epoch >= epoch and record.state in ("ready", "spare"))
+        return record is None or (record.epoch >= epoch and record.state in ("ready", "spare", "drained"))
 
     def _record(self, instance_id: str) -> InstanceRecord:
         record = self.cluster.alive.get(instance_id)

@@ -24,6 +24,8 @@ class Assign(Message):
     model: str | None = None
     """A folder or hub id to load first; None keeps the model that it has."""
     peers: list[tuple[str, int]] = Field(default_factory=list)
+    drained: bool = False
+    """Without a role: it stays so until an operator wishes something else."""
     patience_s: float | None = None
     """How long requests may take to end before they move; None is as the instance's settings say."""
 

@@ -106,7 +106,7 @@ class Assignment:
             return
         self.role = role
         self.group = assign.group if role else None
-        self.state = "ready" if role else "spare"
+        self.state = "ready" if role else "drained" if assign.drained else "spare"
         await self._announce()
 
     async def _reach(self, peers: list[tuple[str, int]]) -> None:

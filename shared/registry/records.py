@@ -11,7 +11,8 @@ from shared.kv.layout import KVLayout
 
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
-InstanceState = Literal["spare", "changing", "ready", "draining"]
+InstanceState = Literal["spare", "drained", "changing", "ready", "draining"]
+"""`drained` is a spare that an operator has drained: nobody gives it a role but an operator."""
 """Without a role; on the way to another role or model; taking requests; on the way to its end."""
 EngineKind = Literal["torch", "mock"]
 
@@ -188,6 +189,8 @@ class GroupMap(BaseModel):
     """Whether gateways label requests that name no scenario: said by the map of the default group."""
     model_path: str | None = None
     """The weights that members are to have, if an upgrade has said so; None is whatever they come with."""
+    next_model_path: str | None = None
+    """Those that an upgrade under way gives them."""
     members: tuple[Member, ...] = ()
 
     def of(self, role: Role) -> list[Member]:
