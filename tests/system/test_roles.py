@@ -121,14 +121,27 @@ def test_the_last_of_a_role_keeps_it(system: System) -> None:
     assert len(token_ids(post(system.url, greedy("x", 5)))) == 5
 
 
-def test_a_drained_instance_is_a_spare_that_stays_one(system: System) -> None:
+def test_a_drained_instance_stays_without_a_role_whoever_leads(system: System) -> None:
     drained = instances(system, "decode")[0]
     answered = wish(system, "drain", instance=drained.id)
     assert answered.ok, answered.message
     after = next(one for one in system.live() if one.id == drained.id)
-    assert (after.role, after.group, after.state) == (None, None, "spare")
+    assert (after.role, after.group, after.state) == (None, None, "drained")
     assert len(token_ids(post(system.url, greedy("x", 5)))) == 5
     assert system.serving() == {"prefill": 2, "decode": 1}
+    before = system.status().leader
+    system.controller.kill()
+    wait_until(lambda: system.controller.exit_code() is not None)
+    system.controller.start()
+    wait_until(lambda: system.status().leader not in (None, before))
+    lost = instances(system, "decode")[0]
+    assert not wish(system, "drain", instance=lost.id).ok, "the new leader sees no other decode instance"
+    assert system.serving() == {"prefill": 2, "decode": 1}
+    answered = wish(system, "flip", instance=drained.id, role="decode")
+    assert answered.ok, answered.message
+    assert system.serving() == {"prefill": 2, "decode": 2}
+    assert wish(system, "drain", instance=drained.id).ok
+    assert wish(system, "drain", instance=drained.id).ok, "it is, and stays so"
 
 
 @pytest.mark.parametrize(

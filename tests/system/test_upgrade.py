@@ -1,5 +1,6 @@
 """Another model, instance by instance, under requests of which none fails; or back to the old one."""
 
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,30 @@ def test_no_request_fails_and_no_answer_is_of_both(start_system: Callable[..., S
     system.instance("decode", 0).start()
     system.wait_until_ready()
     assert paths(system) == {model}
+
+
+def test_the_next_leader_goes_on_with_an_upgrade(start_system: Callable[..., System], tmp_path: Path) -> None:
+    system = start_system(num_prefill=2, num_decode=3, controller={"admin_key": "secret"})
+    model = other_weights(tmp_path)
+    assert wish(system, "upgrade", model=model).ok
+    wait_until(lambda: model in paths(system))
+    system.controller.kill()
+    wait_until(lambda: system.controller.exit_code() is not None)
+    system.controller.start()
+    wait_until(lambda: len(system.live()) == 5)
+    wait_until(lambda: upgrade_is_over(system), timeout_s=120.0)
+    done = re.search(r"done, (\d) instances", system.status().upgrade or "")
+    assert done
+    assert 0 < int(done[1]) < 5, "each leader has done a part"
+    assert paths(system) == {model}
+    assert system.serving() == {"prefill": 2, "decode": 3}
+    assert len(token_ids(post(system.url, REQUEST))) == 60
+    # It is over for good: the leader after that has nothing to go on with.
+    system.controller.kill()
+    wait_until(lambda: system.controller.exit_code() is not None)
+    system.controller.start()
+    system.wait_until_ready()
+    assert system.status().upgrade is None
 
 
 def test_a_single_pair_needs_spares(start_system: Callable[..., System], tmp_path: Path) -> None:
