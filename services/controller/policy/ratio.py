@@ -14,10 +14,12 @@ from services.controller.policy.model import Model, Prediction
 from shared.registry.records import Role
 
 MINUTE_S = 60.0
-NUM_WINDOWS = 6
+NUM_WINDOWS = 16
 """How many are kept."""
 DOUBT, DOUBT_AT_REST = 1.0, 2.5
 """What to allow the model for, after a change in the last minute and without one."""
+AGREED_DOUBT, AGREED_GAIN = 0.5, 0.02
+"""What to allow the model for, and what it has to promise, where back-pressure points the same way."""
 IDLE, BUSY = 0.5, 0.8
 """Shares of the time in which engines compute."""
 FEW_LEASED, MANY_LEASED = 0.25, 0.5
@@ -172,6 +174,10 @@ def _wish(windows: Sequence[GroupLoad], bounds: Bounds, doubt: float) -> Wish | 
     if model is None:
         return _by_rules(windows)
     wish, held_up = _by_model(model, load, bounds, doubt), _by_back_pressure(load)
+    if wish is None and held_up is not None:
+        # What requests wait for is seen, and not computed: where the model says the same, it need not be as sure.
+        likely = _by_model(model, load, replace(bounds, min_gain=AGREED_GAIN, tolerance=0.0), AGREED_DOUBT)
+        return None if likely is None or _are_opposite(likely, held_up) else likely
     if wish and held_up and wish.gain >= bounds.min_gain and _are_opposite(wish, held_up):
         return None  # the model knows no blocks, for example, and decode may be short of them
     return wish
