@@ -297,6 +297,17 @@ def test_back_pressure_can_stop_the_model() -> None:
     assert Run().see(pressed, 60) == []
 
 
+def test_back_pressure_can_assure_the_model() -> None:
+    """What the model is not sure enough of is done where requests wait for the same."""
+    unsure = replace(NEARLY_BEST, done_per_s=3.0)
+    assert Run().see(unsure, 60) == []
+    move, *_ = Run().see(replace(unsure, num_waiting=20.0, num_leased=1.0), 60)
+    assert signed(move) == 1
+    assert "48.4 requests/s" in move.reason
+    assert Run().see(replace(unsure, num_waiting=20.0, num_leased=40.0), 60) == [], "they wait for the other role"
+    assert Run().see(replace(BEST, done_per_s=3.0, num_waiting=20.0, num_leased=1.0), 60) == [], "nothing is gained"
+
+
 SLOW_TOKENS = replace(LOAD, num_prefill=6, num_decode=4, num_open=300.0, output_tokens=150.0, prefill_s=0.12)
 
 
