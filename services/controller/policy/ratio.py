@@ -1,9 +1,10 @@
 """When instances of a group change their role, and how many. Pure: what was seen and done before goes in and comes out.
 
-Two voices. The model (`model.py`) wishes for the best split, if that promises enough even where the model errs. Where a
-window lacks a figure, rules speak: who holds up whom, and P/D-Serve's comparison of T_p with E2E (arXiv 2408.08147). A
-wish is followed when two windows in succession agree on its direction. No window counts that began before the last
-change had settled: its figures are in part those of another split.
+Two voices. The model (`model.py`) wishes for the best split, if that promises enough even where the model errs, or as
+much as it is likely to where back-pressure shows that requests wait for the same. Where a window lacks a figure, rules
+speak: who holds up whom, and P/D-Serve's comparison of T_p with E2E (arXiv 2408.08147). A wish is followed when two
+windows in succession agree on its direction. No window counts that began before the last change had settled: its
+figures are in part those of another split.
 """
 
 from collections.abc import Iterable, Sequence
