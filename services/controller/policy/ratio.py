@@ -117,7 +117,10 @@ def decide(load: GroupLoad, history: History, bounds: Bounds, now: float) -> tup
     if now - load.window_s < history.since:
         return None, history
     earlier, windows = history.wish, (*history.windows, load)[-NUM_WINDOWS:]
-    wish = _wish(windows, bounds, DOUBT if _within(MINUTE_S, history.changes, now) else DOUBT_AT_REST)
+    recent = _within(bounds.cooldown_s, history.changes[-1:], now)
+    wish = _wish(windows, bounds, DOUBT if _within(MINUTE_S, history.changes, now) else DOUBT_AT_REST, AGREED_DOUBT)
+    if wish and any(_are_opposite(wish, one) for one in recent):
+        wish = _wish(windows, bounds, DOUBT_AT_REST, DOUBT_AT_REST)  # to take back what was just decided
     history = replace(history, awaited=None, since=now, windows=windows, wish=wish)
     if wish is None or earlier is None or _are_opposite(wish, earlier) or _is_too_soon(wish, history, bounds, now):
         return None, history
@@ -167,7 +170,7 @@ def _is_too_soon(wish: Wish, history: History, bounds: Bounds, now: float) -> bo
     return any(_are_opposite(wish, one) for one in last) and wish.gain < bounds.reversal_gain
 
 
-def _wish(windows: Sequence[GroupLoad], bounds: Bounds, doubt: float) -> Wish | None:
+def _wish(windows: Sequence[GroupLoad], bounds: Bounds, doubt: float, agreed_doubt: float) -> Wish | None:
     load = windows[-1]
     if min(load.num_prefill, load.num_decode) < 1 or _is_quiet(load):
         return None
@@ -177,7 +180,7 @@ def _wish(windows: Sequence[GroupLoad], bounds: Bounds, doubt: float) -> Wish | 
     wish, held_up = _by_model(model, load, bounds, doubt), _by_back_pressure(load)
     if wish is None and held_up is not None:
         # What requests wait for is seen, and not computed: where the model says the same, it need not be as sure.
-        likely = _by_model(model, load, replace(bounds, min_gain=AGREED_GAIN, tolerance=0.0), AGREED_DOUBT)
+        likely = _by_model(model, load, replace(bounds, min_gain=AGREED_GAIN, tolerance=0.0), agreed_doubt)
         return None if likely is None or _are_opposite(likely, held_up) else likely
     if wish and held_up and wish.gain >= bounds.min_gain and _are_opposite(wish, held_up):
         return None  # the model knows no blocks, for example, and decode may be short of them
