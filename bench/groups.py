@@ -28,7 +28,7 @@ SCENARIOS = ("code", "conv")
 WAYS = {
     "mixed": {"default": (3, 3)},
     # The default group, which there has to be, serves the code.
-    "groups": {"conv": (1, 2), "default": (2, 1)},
+    "groups": {"conv": (1, 1), "default": (3, 1)},
 }
 """Prefill and decode instances that groups begin with."""
 NUM_INSTANCES = 6
