@@ -282,6 +282,12 @@ def test_figures_that_the_window_lacks_are_of_a_longer_one() -> None:
     assert (found.held_prefill_s, found.held_decode_s, found.e2e_s, found.ttft_s, found.tpot_s) == (None,) * 5
 
 
+def test_prompts_that_stay_at_decode_take_nothing_of_prefill() -> None:
+    """Half as many of these requests as all come to prefill."""
+    found = load(samples(10.0, gateways=lambda at: [gateway(at, scale=2.0)]))
+    assert found.prefill_s == pytest.approx(0.05)
+
+
 def test_what_was_never_measured_is_unknown() -> None:
     found = load(samples(10.0, lambda at: [prefill(0.0), decode(0.0)], lambda at: [gateway(0.0)]))
     assert (found.prefill_s, found.step_base_s, found.step_row_s, found.output_tokens) == (None,) * 4

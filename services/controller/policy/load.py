@@ -15,7 +15,8 @@ class GroupLoad:
         num_leased: prefill slots whose KV waits to be fetched.
         arrivals_per_s, done_per_s: requests.
         refusals_per_s: for want of slots, of both roles.
-        prefill_s: engine seconds of one request's prefill, alone: exclusive of waiting.
+        prefill_s: seconds of prefill engines for each request, alone: exclusive of waiting. Prompts that stay at decode
+            instances take none.
         step_base_s, step_row_s: a decode step of `rows` rows takes step_base_s + rows * step_row_s.
         output_tokens: of a request, on average.
         prefill_busy, decode_busy: the share of the window in which engines computed, 0 .. 1.

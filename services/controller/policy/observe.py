@@ -68,7 +68,8 @@ def _load(group: GroupMap, window: list[Sample], long: list[Sample]) -> GroupLoa
         arrivals_per_s=traffic.num_arrived / seconds,
         done_per_s=traffic.num_done / seconds,
         refusals_per_s=(prefill.num_refused + decode.num_refused) / seconds,
-        prefill_s=_ratio(prefill.work.prefill_s, prefill.work.num_prefilled) or _slow_prefill_s(group, long[0], last),
+        prefill_s=_ratio(prefill.work.prefill_s, traffic.num_first_tokens)
+        or _ratio(_Work.of(group.of("prefill"), long[0], last).work.prefill_s, slow.num_first_tokens),
         step_base_s=base_s,
         step_row_s=row_s,
         output_tokens=_output_tokens(decode.work, traffic) or _ratio(slow.output_tokens, slow.num_done),
@@ -151,11 +152,6 @@ def _fit(group: GroupMap, first: Sample, last: Sample) -> tuple[float, float] | 
 
 USUAL_BASE = 0.5
 """The share of a step that does not depend on its rows, where it cannot be measured."""
-
-
-def _slow_prefill_s(group: GroupMap, first: Sample, last: Sample) -> float | None:
-    work = _Work.of(group.of("prefill"), first, last).work
-    return _ratio(work.prefill_s, work.num_prefilled)
 
 
 def _traffic_between(group: str, first: Sample, last: Sample) -> Traffic:
