@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shared.engine.sampler import Choice
 from shared.engine.scheduler import PrefillChunk, StepPlan
 from shared.engine.sequence import Sequence
 from shared.engine.work import WorkDone
@@ -91,3 +92,19 @@ def test_a_step_that_fails_is_not_counted(llama_served: Served, monkeypatch: pyt
     with pytest.raises(RuntimeError):
         engine.step()
     assert engine.work.snapshot() == Work()
+
+
+def test_how_long_the_step_under_way_has_been(llama_served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama_served.engine()
+    engine.add(sequence_of(engine, prompt_of(20), SamplingParams(max_tokens=3)))
+    assert engine.in_step_s() == 0.0
+    compute, seen = engine._compute, []
+
+    def look_and_compute(plan: StepPlan) -> list[tuple[Sequence, Choice]]:
+        seen.append(engine.in_step_s())
+        return compute(plan)
+
+    monkeypatch.setattr(engine, "_compute", look_and_compute)
+    engine.step()
+    assert seen[0] > 0.0
+    assert engine.in_step_s() == 0.0
