@@ -95,10 +95,21 @@ def _arguments() -> argparse.Namespace:
 
 
 def endless(items: list[Item], seed: int) -> Iterator[Item]:
-    """The trace's requests in random order, for ever: each stretch of it has the whole mix."""
+    """The trace's requests in random order, for ever: any 36 that follow each other have the whole mix.
+
+    They are one each of 6 x 6 equal parts, by length of the prompt and then of the answer, so that a stretch of half a
+    minute is like any other; lengths vary so much that it would not be otherwise.
+    """
     order = random.Random(seed)
+    by_prompt = _parts(sorted(items, key=lambda one: one.num_prompt_tokens))
+    cells = [cell for part in by_prompt for cell in _parts(sorted(part, key=lambda one: one.num_output_tokens))]
     while True:
-        yield from order.sample(items, len(items))
+        yield from (order.choice(cell) for cell in order.sample(cells, len(cells)))
+
+
+def _parts(items: list[Item]) -> list[list[Item]]:
+    """Cut into six of nearly equal size."""
+    return [items[len(items) * number // 6 : len(items) * (number + 1) // 6] for number in range(6)]
 
 
 async def _measure(nats_url: str, mixes: dict[str, list[Item]], arguments: argparse.Namespace) -> dict[str, object]:

@@ -72,7 +72,7 @@ def _load(group: GroupMap, window: list[Sample], long: list[Sample]) -> GroupLoa
         or _ratio(_Work.of(group.of("prefill"), long[0], last).work.prefill_s, slow.num_first_tokens),
         step_base_s=base_s,
         step_row_s=row_s,
-        output_tokens=_output_tokens(decode.work, traffic) or _ratio(slow.output_tokens, slow.num_done),
+        output_tokens=_output_tokens(decode.work, traffic, slow),
         prefill_busy=_share(prefill.work.prefill_s, seconds * prefill.num_instances),
         decode_busy=_share(decode.work.decode_s, seconds * decode.num_instances),
         held_prefill_s=_ratio(prefill.held_s, prefill.num_ended),
@@ -125,11 +125,16 @@ def _plus(one: Work, other: Work) -> Work:
     return Work(**{name: getattr(one, name) + getattr(other, name) for name in Work.model_fields})
 
 
-def _output_tokens(work: Work, traffic: Traffic) -> float | None:
+def _output_tokens(work: Work, traffic: Traffic, slow: Traffic) -> float | None:
     """Of a request: the first, and those that decode generated for each that was done. Right after a shift of traffic
-    this knows of long answers that are still going on; the mean over those done knows only short ones.
+    this knows of long answers that are still going on; the mean over those done (`slow`) knows only short ones, and
+    stands in for what few requests leave open.
     """
-    return 1 + work.decode_rows / traffic.num_done if traffic.num_done >= MANY else None
+    usual = _ratio(slow.output_tokens, slow.num_done)
+    if usual is None:
+        return 1 + work.decode_rows / traffic.num_done if traffic.num_done >= MANY else None
+    num_lacking = max(0.0, MANY - traffic.num_done)
+    return 1 + (work.decode_rows + num_lacking * (usual - 1)) / (traffic.num_done + num_lacking)
 
 
 def _fit(group: GroupMap, first: Sample, last: Sample) -> tuple[float, float] | None:
