@@ -333,3 +333,15 @@ def test_rows_of_another_type_go_to_the_models_own_norm(library: Library) -> Non
     assert isinstance(holder.norm, NativeRMSNorm)
     rows = torch.randn(1, 3, 64)
     assert torch.equal(holder.norm(rows), own(rows))
+
+
+@torch.inference_mode()
+def test_rows_that_are_no_step_are_computed_whole() -> None:
+    """As those that a mixture of experts gives to one of its parts."""
+    inner = nn.Linear(8, 4)
+    spared = ForRows(inner, lambda: torch.tensor([1, 5]), 4)
+    rows = torch.randn(6, 8)
+    assert torch.equal(spared(rows), inner(rows))
+    step = spared(rows[None])
+    assert torch.equal(step[0, [1, 5]], inner(rows[[1, 5]]))
+    assert not step[0, [0, 2, 3, 4]].any()

@@ -16,7 +16,9 @@ Rows = Callable[[], torch.Tensor | None]
 
 
 class ForRows(nn.Module):
-    """A module that works row by row, applied to some rows; the others are zero."""
+    """A module that works row by row, applied to some rows of a step; the others are zero. What is no step, as the rows
+    that a mixture of experts gives to one of them, is computed whole.
+    """
 
     def __init__(self, inner: nn.Module, rows: Rows, out_features: int) -> None:
         super().__init__()
@@ -25,9 +27,9 @@ class ForRows(nn.Module):
         self._out_features = out_features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[1, T, in_features] to [1, T, out_features]."""
+        """[1, T, in_features] to [1, T, out_features], or [N, in_features] to [N, out_features]."""
         rows = self._rows()
-        if rows is None:
+        if rows is None or hidden.dim() != 3:
             whole: torch.Tensor = self.inner(hidden)
             return whole
         output = hidden.new_zeros(*hidden.shape[:-1], self._out_features)
