@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from services.controller.brain import Brain
 from services.controller.maps import Maps
 from services.controller.policy.membership import Place, place_of
+from services.controller.policy.upgrade import ImpossibleUpgrade
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import WorkflowFailed
 from shared.bus.connection import Incoming
@@ -42,11 +43,18 @@ class Admin:
             "abort": self._abort_upgrade,
         }
 
-    def take_over(self) -> None:
-        """Goes on with an upgrade that the leader before has begun."""
-        model = self._brain.maps.next_model()
-        if model is not None and not (self._upgrade and self._upgrade.is_running):
+    async def go_on(self) -> None:
+        """Goes on with an upgrade that the leader before has begun, as soon as it can be."""
+        model = self._maps.next_model()
+        if model is None or (self._upgrade and self._upgrade.is_running):
+            return
+        if self._upgrade is not None and self._upgrade.is_given_up:
+            await self._maps.plan_model(None)
+            return
+        try:
             self._start_upgrade(model)
+        except ImpossibleUpgrade as error:
+            log.info("the upgrade to %s waits: %s", model, error)
 
     def upgrade_status(self) -> str | None:
         return self._upgrade.status() if self._upgrade else None
@@ -102,22 +110,19 @@ class Admin:
         record = self._instance(request)
         self._refuse_last(record, "drain it")
         workflows = self._brain.workflows
+        group = record.group or "-"
+        decision = self._brain.decisions.take(group, f"drains {record.id}", "an operator wishes it (drain)")
         work = workflows.release(record.id, drained=True)
-        place = place_of(record)
-        if place is None:
-            await work
-        else:
-            decision = self._brain.decisions.take(place.group, f"drains {record.id}", "an operator wishes it (drain)")
-            await asyncio.wait([workflows.start(record.id, place, work, decision)])
-            if decision.outcome != "done":
-                raise WorkflowFailed(decision.outcome)
+        await asyncio.wait([workflows.start(record.id, place_of(record), work, decision)])
+        if decision.outcome != "done":
+            raise WorkflowFailed(decision.outcome)
         return f"{record.id} is drained: end it, or give it a role with `pdserve flip`"
 
     async def _control(self, request: AdminRequest) -> str:
         if request.control is None:
             raise Refused("which? Give auto, advise or off")
         self._brain.control = request.control
-        return f"ratio control is {request.control}, until the controller starts anew (PDSERVE_CONTROL)"
+        return f"ratio control is {request.control}, until another controller leads (PDSERVE_CONTROL is for good)"
 
     async def _begin_upgrade(self, request: AdminRequest) -> str:
         if not request.model:
@@ -143,7 +148,9 @@ class Admin:
         return self._running_upgrade().resume()
 
     async def _abort_upgrade(self, request: AdminRequest) -> str:
-        return self._running_upgrade().abort()
+        upgrade = self._running_upgrade()
+        await self._maps.plan_model(None)  # so that no other leader goes on with it
+        return upgrade.abort()
 
     def _running_upgrade(self) -> Upgrade:
         if self._upgrade is None or not self._upgrade.is_running:

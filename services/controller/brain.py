@@ -24,7 +24,7 @@ from services.controller.policy.scenarios import Instances
 from services.controller.provisioning import Provisioning
 from services.controller.scaling import Scaling
 from services.controller.workflows import Workflows
-from shared.groups import DEFAULT, Control, GroupsFile, GroupSpec
+from shared.groups import DEFAULT, Control, GroupsFile, GroupSpec, declared_name
 from shared.registry.records import ROLES, InstanceRecord, Role
 
 VACANT_S = 60.0
@@ -116,7 +116,8 @@ class Brain:
         self.specs = self.scaling.specs()
         for spec in self.specs.values():
             finds = self.groups.automatic_scenarios and spec.name == DEFAULT
-            await self.maps.declare(spec, finds_scenarios=finds)
+            founder = DEFAULT if spec.name in self.discovery.state.groups else declared_name(spec.name)
+            await self.maps.declare(spec, finds_scenarios=finds, founder=founder)
         for name, group in list(self.cluster.maps.items()):
             if name not in self.specs and not group.members:
                 await self.maps.forget(name)
@@ -196,10 +197,9 @@ class Brain:
                 self._begin(step.instance_id, place, self.workflows.admit(step.instance_id), "it plays that role")
             elif isinstance(step, membership.Assign):
                 self._fill(step.place, now)
-                work = self.workflows.assign(
-                    step.instance_id, step.place, model=self.cluster.maps[step.place.group].model_path
+                self._begin(
+                    step.instance_id, step.place, self.workflows.assign(step.instance_id, step.place), step.reason
                 )
-                self._begin(step.instance_id, step.place, work, step.reason)
             elif isinstance(step, membership.Release):
                 work = self.workflows.release(step.instance_id, patience_s=SCALE_IN_PATIENCE_S)
                 decision = self.decisions.take(step.place.group, f"{step.instance_id} leaves", "its group is no more")
@@ -260,7 +260,7 @@ class Brain:
         if load is None:
             return
         self.loads[name] = load
-        is_changing = any(place.group == name for place in self.workflows.coming.values())
+        is_changing = any(place is not None and place.group == name for place in self.workflows.coming.values())
         if self.control == "off" or self.is_paused or is_changing:
             return
         bounds = Bounds(tpot_s=group.tpot_s, ttft_s=group.ttft_s)

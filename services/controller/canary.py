@@ -20,6 +20,7 @@ PROMPT = [1, 2, 3, 4, 5, 6]
 """Shorter than a block, so that it leaves nothing in prefix caches."""
 NUM_TOKENS = 3
 ANSWER_TIMEOUT_S = 2.0
+ASK_AGAIN_S = 0.1
 
 Event = Prefilled | StepTokens | Failed
 
@@ -126,11 +127,15 @@ class Canary:
     async def _ask(
         self, instance: InstanceRecord, verb: str, request: PrefillRequest | DecodeRequest, deadline: float
     ) -> None:
-        answer = await self.bus.request(
-            subjects.instance(instance.id, verb), request, Answer, timeout_s=ANSWER_TIMEOUT_S, deadline=deadline
-        )
-        if not answer.accepted:
-            raise CanaryFailed(f"{instance.id} refuses the canary request: {answer.reason}")
+        """Until it accepts: one that is full, as in a group that lacks the role of the newcomer, is soon less so."""
+        subject = subjects.instance(instance.id, verb)
+        while True:
+            answer = await self.bus.request(subject, request, Answer, timeout_s=ANSWER_TIMEOUT_S, deadline=deadline)
+            if answer.accepted:
+                return
+            if answer.reason != "no_blocks" or time.time() > deadline:
+                raise CanaryFailed(f"{instance.id} refuses the canary request: {answer.reason}")
+            await asyncio.sleep(ASK_AGAIN_S)
 
 
 async def _next(events: "asyncio.Queue[Event]") -> Event:

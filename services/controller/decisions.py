@@ -20,6 +20,8 @@ class Decision:
         self.what = what
         self.why = why
         self.outcome = ""
+        self.error: Exception | None = None
+        """What it failed by."""
 
     def end(self, outcome: str) -> None:
         self.outcome = outcome

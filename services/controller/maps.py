@@ -42,8 +42,10 @@ class Maps:
             raise LeadLost("this controller leads no more")
         return lead.term
 
-    async def declare(self, spec: GroupSpec, *, finds_scenarios: bool = False) -> None:
-        """Makes sure that a group has a map, with the objectives that are declared."""
+    async def declare(self, spec: GroupSpec, *, finds_scenarios: bool = False, founder: str = "") -> None:
+        """Makes sure that a group has a map, with the objectives that are declared, and the model of its `founder` if
+        it is new: the group whose replica it is, or whose requests it takes over.
+        """
         name = spec.name
         wanted = {
             "scenario": spec.scenario,
@@ -54,7 +56,9 @@ class Maps:
         async with self._writing:
             known = self._cluster.maps.get(name)
             if known is None:
-                await self._write(GroupMap.model_validate({"name": name, "version": 0, "term": 0, **wanted}))
+                found = self._cluster.maps.get(founder)
+                models = {"model_path": found.model_path, "next_model_path": found.next_model_path} if found else {}
+                await self._write(GroupMap.model_validate({"name": name, "version": 0, "term": 0, **wanted, **models}))
             elif {key: getattr(known, key) for key in wanted} != wanted:
                 await self._write(known.model_copy(update=wanted))
 
@@ -87,15 +91,14 @@ class Maps:
         """The model of an upgrade under way, whoever has begun it."""
         return next((one.next_model_path for one in self._cluster.maps.values() if one.next_model_path), None)
 
-    async def plan_model(self, names: Iterable[str], model_path: str | None) -> None:
-        """Says that an upgrade will give these groups other weights; None that it will not, after all."""
+    async def plan_model(self, model_path: str | None) -> None:
+        """Says that an upgrade will give all groups other weights; None that it will not, after all."""
         async with self._writing:
-            for name in names:
-                known = self._cluster.maps.get(name)
-                if known is not None and known.next_model_path != model_path:
+            for known in list(self._cluster.maps.values()):
+                if known.next_model_path != model_path:
                     await self._write(known.model_copy(update={"next_model_path": model_path}))
 
-    async def want_model(self, name: str, model_path: str) -> None:
+    async def want_model(self, name: str, model_path: str | None) -> None:
         """From now on the group's members have these weights, and whoever joins gets them. Raises `GroupGone`."""
         async with self._writing:
             update = {"model_path": model_path, "next_model_path": None}

@@ -120,9 +120,9 @@ class Controller:
             if lead.term != self._term:
                 await self._cluster.forget_old_maps(self._records)
                 await self._brain.take_over()
-                self._admin.take_over()
                 self._term = lead.term
             await self._brain.think()
+            await self._admin.go_on()
         except (LeadLost, RegistryUnavailable) as error:
             log.warning("nothing is decided now: %s", error)
         except Exception:

@@ -41,8 +41,8 @@ class Workflows:
     canary: Canary
     bus: Bus
     tasks: asyncio.TaskGroup
-    coming: dict[str, Place] = field(default_factory=dict)
-    """Where the instances that are on their way go, by id."""
+    coming: dict[str, Place | None] = field(default_factory=dict)
+    """Where the instances that are on their way go, by id; None is to be a spare."""
     kept_out: set[str] = field(default_factory=set)
     """Spares whose canary has failed."""
     _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Workflows:
     """By group: of two that join together, the second has its canary with the first."""
 
     def start(
-        self, instance_id: str, place: Place, work: Coroutine[None, None, None], decision: Decision
+        self, instance_id: str, place: Place | None, work: Coroutine[None, None, None], decision: Decision
     ) -> asyncio.Task[None]:
         """Runs a workflow to its end, whatever that is, and writes it under its decision."""
         if instance_id in self.coming:
@@ -66,10 +66,13 @@ class Workflows:
                 await work
                 decision.end("done")
             except PDServeError as error:
-                self._fail(instance_id, decision, str(error))
+                self._fail(instance_id, decision, error, str(error))
+            except asyncio.CancelledError:
+                decision.end("failed: this controller ends; see `pdserve status`, and ask again")
+                raise
             except Exception as error:
                 log.exception("a workflow met a fault of this program")
-                self._fail(instance_id, decision, repr(error))
+                self._fail(instance_id, decision, error, repr(error))
             else:
                 self._failures.pop(instance_id, None)
             finally:
@@ -80,11 +83,12 @@ class Workflows:
         task.add_done_callback(self._running.discard)
         return task
 
-    def _fail(self, instance_id: str, decision: Decision, why: str) -> None:
+    def _fail(self, instance_id: str, decision: Decision, error: Exception, why: str) -> None:
         """What failed is left alone for a while, longer and longer if it fails again."""
         number = self._failures.get(instance_id, (0, 0.0))[0] + 1
         for_s = min(REST_S * 2 ** (number - 1), REST_AT_MOST_S)
         self._failures[instance_id] = (number, time.monotonic() + for_s)
+        decision.error = error
         decision.end(f"failed: {why}")
 
     def resting(self) -> set[str]:
@@ -113,13 +117,16 @@ class Workflows:
     async def assign(
         self, instance_id: str, place: Place, *, model: str | None = None, patience_s: float | None = None
     ) -> None:
-        """Another place, and another model if one is given. If that fails it gets back what it had.
+        """Another place, with the group's model if it has one, or the one that is given. If that fails it gets back
+        what it had.
 
         Raises:
             WorkflowFailed, CanaryFailed: it failed; the message says what became of the instance.
         """
         before = self._record(instance_id)
         was = place_of(before)
+        group = self.cluster.maps.get(place.group)
+        model = model or (group.model_path if group else None)
         try:
             await self._move_to(instance_id, place, model, patience_s)
         except (WorkflowFailed, CanaryFailed) as error:

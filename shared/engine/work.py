@@ -44,6 +44,7 @@ class WorkDone:
     decode_rows: int = 0
     decode_rows_squared: int = 0
     decode_rows_s: float = 0.0
+    rows_beside_prefill: int = 0
 
     def add(self, plan: StepPlan, seconds: float) -> None:
         """Count a step that took `seconds`, before its sequences are advanced."""
@@ -55,6 +56,7 @@ class WorkDone:
                 self.prefill_tokens += done.tokens
                 self.prefill_pairs += done.pairs
                 self.num_prefilled += chunk.num_tokens == chunk.sequence.num_uncomputed_tokens
+            self.rows_beside_prefill += len(plan.decodes)
             return
         rows = len(plan.decodes)
         self.decode_steps += 1

@@ -48,6 +48,8 @@ class Assignment:
         self._change_body = change_body
         self._announce = announce
         self._following: asyncio.Task[None] | None = None
+        self._last: Assign | None = None
+        """The order that is followed, or was last."""
         self.role: Role | None = None
         self.left: list[Role] = []
         """Roles of before, some of whose KV still waits to be fetched."""
@@ -74,13 +76,14 @@ class Assignment:
         if assign.term < self.term or assign.term > 1000 * (time.time() + DAY_S):
             return Assigned(accepted=False, reason="old_term")
         self.term = assign.term
-        if assign.epoch == self.epoch:
-            return Assigned(accepted=True)
-        if assign.epoch < self.epoch:
+        if assign == self._last:
+            return Assigned(accepted=True)  # its answer was lost
+        if assign.epoch <= self.epoch:
             return Assigned(accepted=False, reason="old_epoch")
         if self.state == "changing":
             return Assigned(accepted=False, reason="busy")
         self.epoch = assign.epoch
+        self._last = assign
         self.state = "changing"
         self.problem = None
         self._following = self._tasks.create_task(self._follow(assign))

@@ -13,8 +13,8 @@ from math import exp
 from shared.engine.work import PromptWork
 from shared.registry.records import Work
 
-HORIZON_S = 5.0
-"""After so many seconds of computing, what was measured before counts 1/e of what is new."""
+HORIZON_S, FADE_S = 5.0, 20.0
+"""After so many seconds of computing, or of any time, what was measured before counts 1/e of what is new."""
 INDEPENDENT = 1e-3
 """Tokens and pairs are told apart where at least this share of their squares is not common to both."""
 NUM_OUTCOMES = 99
@@ -37,8 +37,9 @@ class _Speed:
     tokens_s: float = 0.0
     pairs_s: float = 0.0
 
-    def add(self, done: PromptWork, seconds: float) -> None:
-        keep = exp(-seconds / HORIZON_S)
+    def add(self, done: PromptWork, seconds: float, since_s: float) -> None:
+        """`since_s` is how long ago the addition before was."""
+        keep = exp(-seconds / HORIZON_S - since_s / FADE_S)
         self.tokens2 = keep * self.tokens2 + done.tokens**2
         self.pairs2 = keep * self.pairs2 + done.pairs**2
         self.both = keep * self.both + done.tokens * done.pairs
@@ -70,6 +71,7 @@ class Pace:
     def __init__(self, step_tokens: int) -> None:
         self._step = PromptWork.of(step_tokens)
         self._seen = Work()
+        self._seen_at = time.monotonic()
         self._speed = _Speed()
         self._outcomes: deque[tuple[float, float]] = deque(maxlen=NUM_OUTCOMES)
         """When (monotonic), and how many times longer than expected, a step added to both."""
@@ -79,8 +81,9 @@ class Pace:
         seen = self._seen
         done = PromptWork(work.prefill_tokens - seen.prefill_tokens, work.prefill_pairs - seen.prefill_pairs)
         if done.tokens > 0:
-            self._speed.add(done, work.prefill_s - seen.prefill_s)
-            self._seen = work
+            now = time.monotonic()
+            self._speed.add(done, work.prefill_s - seen.prefill_s, now - self._seen_at)
+            self._seen, self._seen_at = work, now
 
     def seconds(self, prompts: PromptWork) -> float:
         """How long they take most likely; 0 before anything has been measured."""

@@ -52,6 +52,8 @@ class Work(BaseModel):
     decode_rows_squared: int = 0
     decode_rows_s: float = 0.0
     """The sum of rows times seconds."""
+    rows_beside_prefill: int = 0
+    """Generated tokens of steps with prefill."""
 
 
 class Admissions(BaseModel):

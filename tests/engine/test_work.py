@@ -47,7 +47,11 @@ def test_a_step_with_prefill_counts_as_prefill_alone() -> None:
     chunks = [PrefillChunk(sequence_with(30, 10), 20), PrefillChunk(sequence_with(30), 7)]
     work.add(StepPlan(decodes(3), chunks), 0.5)
     assert work.snapshot() == Work(
-        prefill_tokens=27, prefill_pairs=(30 * 31 - 10 * 11) // 2 + 28, prefill_s=0.5, num_prefilled=1
+        prefill_tokens=27,
+        prefill_pairs=(30 * 31 - 10 * 11) // 2 + 28,
+        prefill_s=0.5,
+        num_prefilled=1,
+        rows_beside_prefill=3,
     )
 
 

@@ -155,6 +155,7 @@ async def test_old_terms_and_epochs_are_refused_and_the_same_epoch_is_accepted_a
         assert one.order(2, "decode", term=2) == Assigned(accepted=False, reason="old_term")
         assert one.order(0, "decode", term=3) == Assigned(accepted=False, reason="old_epoch")
         assert one.order(1, "prefill", term=3) == Assigned(accepted=True)
+        assert one.order(1, "decode", term=3) == Assigned(accepted=False, reason="old_epoch"), "another order"
         assert (one.assignment.state, one.assignment.role) == ("ready", one.made[0])
         assert one.order(2, "decode", term=3).accepted
         await eventually(lambda: one.assignment.state == "ready")

@@ -133,6 +133,7 @@ def test_a_drained_instance_stays_without_a_role_whoever_leads(system: System) -
     system.controller.kill()
     wait_until(lambda: system.controller.exit_code() is not None)
     system.controller.start()
+    wait_until(lambda: len(system.live()) == 4)
     wait_until(lambda: system.status().leader not in (None, before))
     lost = instances(system, "decode")[0]
     assert not wish(system, "drain", instance=lost.id).ok, "the new leader sees no other decode instance"

@@ -67,7 +67,7 @@ class Situation:
         alive: records of the instances whose hearts beat, by id.
         maps: by group.
         specs: what is declared, by group: a group that is not here is no more.
-        coming: the places of instances that are on their way, by id: they are left alone.
+        coming: the places of instances that are on their way, by id, None for spares: they are left alone.
         kept_out: spares that are to stay so.
         resting: instances that nothing is to be tried with for a while.
         too_new: groups that are not filled with spares yet: instances that wish to be there may just be starting.
@@ -77,7 +77,7 @@ class Situation:
     alive: Mapping[str, InstanceRecord]
     maps: Mapping[str, GroupMap]
     specs: Mapping[str, GroupSpec]
-    coming: Mapping[str, Place]
+    coming: Mapping[str, Place | None]
     kept_out: Collection[str] = ()
     resting: Collection[str] = ()
     too_new: Collection[str] = ()
@@ -94,7 +94,7 @@ def steps(situation: Situation) -> list[Step]:
         for member in one.members
         if member.instance_id not in removed
     }
-    taken = Counter({**members, **situation.coming}.values())
+    taken = Counter(place for place in {**members, **situation.coming}.values() if place is not None)
     result: list[Step] = [*removals]
     for record in sorted(situation.alive.values(), key=lambda one: (one.started_at, one.id)):
         if record.id in members or record.id in situation.coming:
@@ -110,7 +110,7 @@ def steps(situation: Situation) -> list[Step]:
 
 def num_lacking(situation: Situation) -> int:
     """How many places that are declared nobody has, or is on the way to."""
-    taken = Counter(situation.coming.values())
+    taken = Counter(place for place in situation.coming.values() if place is not None)
     for one in situation.maps.values():
         taken.update(
             Place(one.name, member.role) for member in one.members if member.instance_id not in situation.coming

@@ -74,7 +74,7 @@ def _load(group: GroupMap, window: list[Sample], long: list[Sample]) -> GroupLoa
         step_row_s=row_s,
         output_tokens=_output_tokens(decode.work, traffic, slow),
         prefill_busy=_share(prefill.work.prefill_s, seconds * prefill.num_instances),
-        decode_busy=_share(decode.work.decode_s, seconds * decode.num_instances),
+        decode_busy=_share(decode.work.decode_s + decode.work.prefill_s, seconds * decode.num_instances),
         held_prefill_s=_ratio(prefill.held_s, prefill.num_ended),
         held_decode_s=_ratio(decode.held_s, decode.num_ended),
         e2e_s=_ratio(traffic.e2e_s, traffic.num_done),
@@ -130,11 +130,12 @@ def _output_tokens(work: Work, traffic: Traffic, slow: Traffic) -> float | None:
     this knows of long answers that are still going on; the mean over those done (`slow`) knows only short ones, and
     stands in for what few requests leave open.
     """
+    num_tokens = work.decode_rows + work.rows_beside_prefill
     usual = _ratio(slow.output_tokens, slow.num_done)
     if usual is None:
-        return 1 + work.decode_rows / traffic.num_done if traffic.num_done >= MANY else None
+        return 1 + num_tokens / traffic.num_done if traffic.num_done >= MANY else None
     num_lacking = max(0.0, MANY - traffic.num_done)
-    return 1 + (work.decode_rows + num_lacking * (usual - 1)) / (traffic.num_done + num_lacking)
+    return 1 + (num_tokens + num_lacking * (usual - 1)) / (traffic.num_done + num_lacking)
 
 
 def _fit(group: GroupMap, first: Sample, last: Sample) -> tuple[float, float] | None:

@@ -17,11 +17,10 @@ class ImpossibleUpgrade(PDServeError):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Instances that change together, and spares that are needed no more once they have."""
+    """Instances that change together: until the last of them has, nobody is sent to the others."""
 
     places: tuple[tuple[str, Place], ...]
     patience_s: float | None = None
-    released: tuple[str, ...] = ()
 
     @property
     def instance_ids(self) -> list[str]:
@@ -50,15 +49,13 @@ def batches(group: str, members: Sequence[InstanceRecord], spares: Sequence[Inst
         return []
     free = [one.id for one in spares]
     first: list[tuple[str, Place]] = []
-    borrowed: list[str] = []
     for role in ROLES:
         if new[role]:
             continue
         if len(old[role]) > 1:
             first.append((old[role].pop(0), Place(group, role)))
         elif free:
-            borrowed.append(free.pop(0))
-            first.append((borrowed[-1], Place(group, role)))
+            first.append((free.pop(0), Place(group, role)))
         else:
             raise ImpossibleUpgrade(
                 f"group {group} has a single {role} instance, and there is no spare to stand in for it while it loads: "
@@ -68,8 +65,4 @@ def batches(group: str, members: Sequence[InstanceRecord], spares: Sequence[Inst
     last = [(old[role][-1], Place(group, role)) for role in ROLES if old[role]]
     plan = [Batch(tuple(first))] if first else []
     plan += [Batch((one,)) for one in rest]
-    plan += [Batch((one,), LAST_PATIENCE_S if one[1].role == "decode" else None) for one in last]
-    if borrowed and plan:
-        final = plan[-1]
-        plan[-1] = Batch(final.places, final.patience_s, tuple(borrowed))
-    return plan
+    return plan + [Batch((one,), LAST_PATIENCE_S if one[1].role == "decode" else None) for one in last]
