@@ -8,7 +8,7 @@
 
 #include "matrix_tiles.h"
 
-constexpr long TURN_BYTES = 1 << 20;
+constexpr long TURN_BYTES = 5 << 18;
 
 enum Gate { NO_GATE, SILU, GELU_TANH };
 
@@ -128,12 +128,16 @@ static void one_panel_of_tiles(
     alignas(64) Finishing<Kind, Finish> turns[2];
     Finishing<Kind, Finish>*now = turns, *before = turns + 1;
     const long at_once = (2 * TILE_ROWS * TILE_STEPS + steps - 1) / steps;
+    const long num_others = (behind - begin - 1) / (2 * TILE_ROWS);
+    const long lines_at_once = num_others ? (2 * TILE_STEPS + num_others - 1) / num_others : 0;
+    const uint32_t* next = panel + steps * PANEL;
     const auto meanwhile = [&](const uint32_t* words) {
-        if (before->last == 0) {  // the panel comes from memory
+        if (before->last == 0) {  // the panel may come from memory
             for (int line = 0; line < 2 * TILE_STEPS; line++) fetch(words + line * LANES);
-        } else {
-            before->some(at_once, feature, end);
+            return;
         }
+        before->some(at_once, feature, end);
+        for (int line = 0; line < lines_at_once; line++, next += LANES) __builtin_prefetch(next, 0, 2);
     };
     for (long row = begin; row < behind; row += 2 * TILE_ROWS, std::swap(now, before)) {
         now->row = row;
@@ -157,7 +161,8 @@ static void all_panels(
     const Apart apart(given, num_rows, steps);
     const bool by_tiles = suits_matrix_unit<Kind>(steps);
     // Rows by the matrix unit come in turns that the second cache holds.
-    const long turn = by_tiles ? std::max(2 * TILE_ROWS, TURN_BYTES / (apart.row_words * 4)) : num_rows;
+    const long num_turns = by_tiles ? (num_rows * apart.row_words * 4 + TURN_BYTES - 1) / TURN_BYTES : 1;
+    const long turn = (num_rows + num_turns * 2 * TILE_ROWS - 1) / (num_turns * 2 * TILE_ROWS) * 2 * TILE_ROWS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::optional<MatrixUnit> unit;
