@@ -163,7 +163,8 @@ class Attempt:
         suits = partial(policy.can_decode, generation.fingerprint, generation.num_tokens_at_end)
         request_for = self._decode_request(token_ids, lease)
         try:
-            return await self._wait(self.group.decode_line, "wait_decode", request_for, suits, until)
+            waiting = self._wait(self.group.decode_line, "wait_decode", request_for, suits, until)
+            return await self.stream.unless_failed(waiting)
         except TimeoutError as error:
             if until == generation.deadline:
                 raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
@@ -185,7 +186,9 @@ class Attempt:
         until = self.generation.deadline if is_needed else min(self.generation.deadline, time.time() + LOCAL_PATIENCE_S)
         try:
             instance = await self._wait(self.group.decode_line, "wait_decode", request_for, suits, until)
-        except (TimeoutError, Overloaded):
+        except (TimeoutError, Overloaded) as error:
+            if is_needed:
+                raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
             await self._let_go()  # one may have accepted whose answer had not come
             return None
         self.generation.fingerprint = instance.fingerprint
@@ -197,6 +200,10 @@ class Attempt:
         prefill = {one.fingerprint for one in self.group.ready("prefill")}
         decode = {one.fingerprint for one in self.group.ready("decode")}
         return self.generation.has_begun and bool(prefill) and fingerprint not in prefill and fingerprint in decode
+
+    def _is_not_for_prefill(self) -> bool:
+        """Whether the request can be served, but by no prefill instance of this group any more."""
+        return self.is_elsewhere() or self._has_no_prefill_left()
 
     def _is_quicker_at_decode(self) -> bool:
         """Whether a decode instance had better compute the prompt itself; only for requests that begin."""
@@ -243,9 +250,10 @@ class Attempt:
             until,
             generation.deadline,
             generation.has_begun,
+            generation.fingerprint,
             generation.is_batch,
             affinity.shares(matched, len(generation.prompt_token_ids)),
-            self.is_elsewhere,
+            self._is_not_for_prefill if line is self.group.prefill_line else self.is_elsewhere,
         )
         try:
             accepted = await line.ask(wish)

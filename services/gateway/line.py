@@ -4,12 +4,16 @@ interactive ones, then batch ones, each in the order of their deadlines.
 Only the head of the line asks: one candidate after another, until one accepts. When all refuse it waits for a hint that
 a slot may be free, or a moment, and asks again. So a full system hears a few questions at a time, however long the line
 is. P/D-Serve (arXiv 2408.08147, 3.4) calls it on-demand forwarding. A request that no instance suits stands aside.
+
+While instances have unlike weights, there is a head for each that requests are bound to, and one for those bound to
+none: what refuses the one may be idle for the other.
 """
 
 import asyncio
 import logging
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -45,6 +49,7 @@ class Wish:
         deadline: the whole request's (Unix seconds), which the instance is told.
         has_begun: its client has tokens already. It is served before newcomers, is never refused for the length of the
             line, and waits for an instance as long as it may.
+        fingerprint: of the weights that it is bound to; None where any will do.
         is_batch: it is served after all that are not.
         matched: the share (0 .. 1) of its tokens that an instance has, by instance id.
         elsewhere: whether it can be served in another line, and not in this one.
@@ -56,6 +61,7 @@ class Wish:
     until: float
     deadline: float
     has_begun: bool
+    fingerprint: str | None
     is_batch: bool = False
     matched: Mapping[str, float] = field(default_factory=dict)
     elsewhere: Callable[[], bool] = lambda: False
@@ -84,7 +90,9 @@ class Accepted:
 
 @dataclass(slots=True)
 class _Asking:
-    """How often a request was refused, and since when (monotonic seconds) no instance suits it, if that is so."""
+    """How often a request was refused, and since when (monotonic seconds) no instance suits it, if that is so. One that
+    has begun counts from when others have taken the place of its weights.
+    """
 
     num_refusals: int = 0
     alone_since: float | None = None
@@ -106,7 +114,8 @@ class Line:
         self._ready = ready
         self._num_open = num_open
         self._settings = settings
-        self._turn = Turn()
+        self._turns: defaultdict[str | None, Turn] = defaultdict(Turn)
+        """By fingerprint; that of None is everybody's as long as all instances have the same weights."""
         self._hint = asyncio.Event()
         self._avoided: dict[str, tuple[float, float]] = {}
         """By id: until when (monotonic), and for how long in all."""
@@ -114,8 +123,9 @@ class Line:
         self.num_waiting = 0
 
     def hint(self) -> None:
-        """A slot may be free."""
+        """A slot may be free. Whoever began to ask before it hears of it."""
         self._hint.set()
+        self._hint = asyncio.Event()
 
     async def ask(self, wish: Wish) -> Accepted:
         """Waits for a turn, then asks until an instance accepts.
@@ -125,6 +135,7 @@ class Line:
             TooLate: none would be in time.
             NobodyHere: none is there, but elsewhere.
             NoInstance: for a while no instance that suits has been there at all.
+            InstanceFailed: it has begun, and for a while there have been instances of other weights only.
             Overloaded: the line is too long already.
         """
         if self.num_waiting >= self._settings.max_waiting and not wish.has_begun:
@@ -137,22 +148,28 @@ class Line:
         try:
             async with asyncio.timeout(wish.until - time.time()):
                 while True:
-                    async with self._turn.of(wish.rank):
-                        accepted = await self._ask_while_first(wish, asking)
+                    turn = self._turn_of(wish)
+                    async with turn.of(wish.rank):
+                        accepted = await self._ask_while_first(wish, asking, turn)
                     if accepted is not None:
                         return accepted
                     if asking.alone_since is not None:
-                        await self._wait_for_hint(ASK_AGAIN_AT_MOST_S)
+                        await _is_set(self._hint, ASK_AGAIN_AT_MOST_S)
         finally:
             self.num_waiting -= 1
 
-    async def _ask_while_first(self, wish: Wish, asking: "_Asking") -> Accepted | None:
-        """Asks until an instance accepts. None when somebody has come who is to be served before, or no instance suits:
-        one may suit those behind.
+    def _turn_of(self, wish: Wish) -> Turn:
+        """Where the request stands in line: with all, unless instances have other weights than those it is bound to."""
+        is_with_all = all(one.fingerprint == wish.fingerprint for one in self._ready(self._role))
+        return self._turns[None if is_with_all else wish.fingerprint]
+
+    async def _ask_while_first(self, wish: Wish, asking: "_Asking", turn: Turn) -> Accepted | None:
+        """Asks until an instance accepts. None when somebody has come who is to be served before, when another turn is
+        the right one by now, or when no instance suits: one may suit those behind.
         """
         pause_s = ASK_AGAIN_S
-        while True:
-            self._hint.clear()
+        while self._turn_of(wish) is turn:
+            hint = self._hint
             present = [one for one in self._ready(self._role) if wish.suits(one)]
             if not present:
                 self._refuse_if_nobody_comes(wish, asking)
@@ -161,10 +178,11 @@ class Line:
             accepted = await self._ask_each(present, wish, asking)
             if accepted is not None:
                 return accepted
-            hinted = await self._wait_for_hint(pause_s)
+            hinted = await _is_set(hint, pause_s)
             pause_s = ASK_AGAIN_S if hinted else min(2 * pause_s, ASK_AGAIN_AT_MOST_S)
-            if self._turn.is_wanted_before(wish.rank):
+            if turn.is_wanted_before(wish.rank):
                 return None
+        return None
 
     async def _ask_each(self, present: list[InstanceRecord], wish: Wish, asking: "_Asking") -> Accepted | None:
         reasons: list[RefusalReason | None] = []
@@ -183,12 +201,20 @@ class Line:
         if wish.elsewhere():
             raise NobodyHere(f"no {self._role} instance is left that can serve this request")
         now = time.monotonic()
-        if asking.alone_since is None:
+        if asking.alone_since is None or self._may_come_back(wish):
             asking.alone_since = now
-        if not wish.has_begun and now - asking.alone_since > self._settings.instance_wait_s:
-            raise NoInstance(
-                f"no {self._role} instance is there that can serve this request: try again", retry_after_s=RETRY_AFTER_S
-            )
+        if now - asking.alone_since <= self._settings.instance_wait_s:
+            return
+        if wish.has_begun:
+            raise InstanceFailed("the weights that this request has begun with are served no more: send it again")
+        raise NoInstance(
+            f"no {self._role} instance is there that can serve this request: try again", retry_after_s=RETRY_AFTER_S
+        )
+
+    def _may_come_back(self, wish: Wish) -> bool:
+        """Whether a request that has begun is to wait for an instance of its weights: others have not replaced them."""
+        ready = {one.fingerprint for one in self._ready(self._role)}
+        return wish.has_begun and (not ready or wish.fingerprint in ready)
 
     async def _ask(self, instance: InstanceRecord, wish: Wish) -> Answer | None:
         """What the instance says. One that gave no answer in time may have accepted: it is told to cancel."""
@@ -222,10 +248,11 @@ class Line:
         until, _ = self._avoided.get(instance.id, (0.0, 0.0))
         return until <= time.monotonic()
 
-    async def _wait_for_hint(self, pause_s: float) -> bool:
-        try:
-            async with asyncio.timeout(pause_s):
-                await self._hint.wait()
-        except TimeoutError:
-            return False
-        return True
+
+async def _is_set(hint: asyncio.Event, pause_s: float) -> bool:
+    try:
+        async with asyncio.timeout(pause_s):
+            await hint.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.messages import Cancel, Failed, Moved, OutputToken, Prefilled, StepTokens
 from shared.errors import DeadlineExceeded, PDServeError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +45,27 @@ class Stream:
         self.holders: set[str] = set()
         """Instances that hold something of the request, or may: they are heard, missed if lost, told to cancel."""
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        """The first failure among the events, as soon as it has come."""
 
     def put(self, event: Event | Exception) -> None:
         self._events.put_nowait(event)
+        if isinstance(event, Exception) and not self._failure.done():
+            self._failure.set_result(event)
+
+    async def unless_failed(self, work: Coroutine[None, None, T]) -> T:
+        """What `work` gives. A failure that comes before its end is raised, and ends it. No event is taken."""
+        task = asyncio.create_task(work)
+        either: set[asyncio.Future[Any]] = {task, self._failure}
+        try:
+            if not self._failure.done():
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise self._failure.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def prefilled(self, timeout_s: float) -> Prefilled:
         """The end of prefill. Raises `AttemptFailed` or a `RequestError` instead where there is none."""

@@ -57,6 +57,7 @@ class Fake:
         is_silent: it takes them, and says nothing more.
         dies_serving: its heart stops with the first.
         dies_changing: its heart stops once it has taken an order.
+        num_full: so often it has no room for a canary.
         stays_changing: it never gets to the end of one.
         problems: why it cannot follow its orders, in turn (None: it can); then it can.
         before_order: called with each order before it is answered.
@@ -68,6 +69,7 @@ class Fake:
     answers: list[BaseModel | None] = field(default_factory=list)
     fails_as: Role | None = None
     refuses_as: Role | None = None
+    num_full: int = 0
     is_silent: bool = False
     dies_serving: bool = False
     dies_changing: bool = False
@@ -135,6 +137,10 @@ class Fake:
         is_right = (request.epoch, role) == (self.record.epoch, self.record.role) and self.record.state == "ready"
         if not is_right or role == self.refuses_as:
             await incoming.respond(Answer(accepted=False, reason="no_slot" if is_right else "wrong_epoch"))
+            return
+        if self.num_full > 0:
+            self.num_full -= 1
+            await incoming.respond(Answer(accepted=False, reason="no_blocks"))
             return
         await incoming.respond(Answer(accepted=True))
         if role == self.fails_as:

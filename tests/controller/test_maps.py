@@ -106,6 +106,23 @@ async def test_every_change_is_written_and_announced_under_the_lease(nats_url: s
         assert one.maps.term() == lead.term
 
 
+async def test_a_group_that_is_founded_has_the_model_of_its_founder(nats_url: str, redis_url: str) -> None:
+    async with desk(nats_url, redis_url) as one:
+        await one.maps.declare(CHAT)
+        await one.maps.want_model("chat", "new")
+        await one.maps.plan_model("newer")
+        assert one.maps.next_model() == "newer"
+        for name, founder in (("chat--2", "chat"), ("other", "other")):
+            await one.maps.declare(CHAT.model_copy(update={"name": name}), founder=founder)
+        maps = await one.written()
+        assert (maps["chat--2"].model_path, maps["chat--2"].next_model_path) == ("new", "newer")
+        assert (maps["other"].model_path, maps["other"].next_model_path) == (None, None)
+        await one.maps.declare(CHAT, founder="other")
+        assert (await one.written())["chat"].model_path == "new", "only a new group has a founder"
+        await one.maps.plan_model(None)
+        assert one.maps.next_model() is None
+
+
 async def test_versions_grow_whatever_the_clock_says(
     nats_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

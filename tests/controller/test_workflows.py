@@ -101,6 +101,25 @@ async def test_peers_of_other_weights_are_none(nats_url: str, redis_url: str) ->
         assert (other.canaries, s1.canaries) == ([], [])
 
 
+async def test_a_canary_waits_for_room(nats_url: str, redis_url: str) -> None:
+    """A group that lacks decode has prefill pools full of KV: just then a newcomer must not be sent away."""
+    async with fleet(nats_url, redis_url) as made:
+        p1 = await made.add_member("p1", "prefill", num_full=3)
+        await made.add_spare("s1")
+        assert await made.assign("s1", DECODE) == "done"
+        assert len(p1.canaries) == 4
+
+
+async def test_who_joins_gets_the_model_of_its_group(nats_url: str, redis_url: str) -> None:
+    """Whoever sends it there."""
+    async with fleet(nats_url, redis_url) as made:
+        await made.maps.want_model("chat", "new")
+        s1, s2 = await made.add_spare("s1"), await made.add_spare("s2")
+        assert await made.assign("s1", PREFILL) == "done"
+        assert await made.assign("s2", DECODE, model="newer") == "done"
+        assert [one.orders[-1].model for one in (s1, s2)] == ["new", "newer"]
+
+
 async def test_a_spare_whose_canary_fails_is_not_announced(nats_url: str, redis_url: str) -> None:
     async with fleet(nats_url, redis_url) as made:
         await made.add_member("p1", "prefill")

@@ -7,7 +7,7 @@ import pytest
 
 from services.gateway import attempt as attempt_module
 from services.gateway.api import FirstToken
-from services.gateway.costs import ENOUGH, LOCAL_AT_MOST
+from services.gateway.costs import ENOUGH, LOCAL_AT_MOST, MEASURE_EVERY
 from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, DecodeRequest, StepTokens
 from shared.sampling import SamplingParams
@@ -162,3 +162,16 @@ async def test_one_that_accepts_too_late_is_told_to_cancel_and_not_heard(nats_ur
             True,
             False,
         ]
+
+
+async def test_one_in_so_many_goes_the_usual_way_so_that_it_is_measured(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode")
+        measure(one)
+        for number in range(2 * MEASURE_EVERY):
+            assert len(prefill.requests) == number // MEASURE_EVERY
+            assert await one.generate([*PROMPT, number], max_tokens=4) == expected([*PROMPT, number], 4)
+        assert len(prefill.requests) == one.group.costs.wait_s.number == 2
+        assert one.group.costs.handoff_s.number == ENOUGH + 2
+        assert len(decode.requests) == 2 * MEASURE_EVERY

@@ -446,3 +446,69 @@ async def test_a_group_counts_what_its_requests_do(nats_url: str) -> None:
             await one.generate(PROMPT)
         after = one.group.traffic()
         assert (after.open, after.waiting_decode, after.num_arrived, after.num_done, after.num_shed) == (0, 0, 4, 2, 1)
+
+
+@pytest.mark.parametrize("how", ["it is lost", "it says so"])
+async def test_whoever_waits_for_decode_begins_anew_when_who_keeps_its_kv_fails(nats_url: str, how: str) -> None:
+    async with fleet(nats_url, max_attempts=2) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode", *[NO_SLOT] * 10_000)
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: decode.requests)
+        if how == "it is lost":
+            one.streams.lose("p")
+        else:
+            await prefill.fail(prefill.requests[0])
+        await eventually(lambda: len(prefill.requests) == 2, timeout_s=10.0)
+        first, again = prefill.requests
+        assert (first.token_ids, again.token_ids) == (PROMPT, PROMPT + expected(PROMPT, 1))
+        await eventually(lambda: prefill.cancelled == [first.request_id])
+        await eventually(lambda: decode.requests[-1].request_id == again.request_id)
+        num_refused = len(decode.requests)
+        decode.answers.clear()
+        assert await work == expected(PROMPT, 8)
+        assert {request.request_id for request in decode.requests[num_refused:]} == {again.request_id}
+        assert one.group.decode_line.num_waiting == 0
+
+
+async def test_a_stream_whose_weights_are_served_no_more_is_told_so(nats_url: str) -> None:
+    async with fleet(nats_url, instance_wait_s=0.3) as one:
+        await one.add("p1", "prefill", fingerprint="old")
+        decode = await one.add("d1", "decode", kind=FallsSilent, fingerprint="old")
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: decode.requests)
+        one.instances.clear()
+        await one.add("p2", "prefill", fingerprint="new")
+        await one.add("d2", "decode", fingerprint="new")
+        one.streams.lose("d1")
+        with pytest.raises(InstanceFailed, match="served no more"):
+            await work
+
+
+async def test_who_waits_for_prefill_when_its_weights_are_left_at_decode_only_goes_there(nats_url: str) -> None:
+    async with fleet(nats_url, instance_wait_s=0.3) as one:
+        prefill = await one.add("p1", "prefill", Answer(accepted=True), *[NO_SLOT] * 10_000, fingerprint="old")
+        decode = await one.add("d1", "decode", kind=FailsAfter, fingerprint="old")
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: len(prefill.requests) > 1)
+        await one.add("p2", "prefill", fingerprint="new")
+        del one.instances["p1"]
+        assert await work == expected(PROMPT, 8)
+        again = decode.requests[-1]
+        assert isinstance(again, DecodeRequest)
+        assert (again.lease, again.token_ids) == (None, PROMPT + expected(PROMPT, 3))
+
+
+async def test_one_whose_weights_are_left_at_decode_only_waits_there_to_its_deadline(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p1", "prefill", fingerprint="old")
+        decode = await one.add("d1", "decode", kind=FallsSilent, fingerprint="old")
+        work = asyncio.create_task(one.generate(PROMPT, timeout_s=2.0))
+        await eventually(lambda: decode.requests)
+        await one.add("p2", "prefill", fingerprint="new")
+        del one.instances["p1"]
+        decode.answers = [NO_SLOT] * 10_000
+        one.streams.lose("d1")
+        with pytest.raises(DeadlineExceeded, match="no decode instance"):
+            await work
+        assert len(prefill.requests) == 1

@@ -10,8 +10,9 @@ import pytest
 from services.gateway import line as line_module
 from services.gateway.generation import SLACK
 from services.gateway.line import Accepted, NobodyHere, TooLate, Wish
+from shared.bus.connection import Incoming
 from shared.bus.messages import Answer, PrefillRequest
-from shared.errors import NoInstance, Overloaded
+from shared.errors import InstanceFailed, NoInstance, Overloaded
 from shared.registry.records import InstanceRecord
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Scripted, expected, fleet
@@ -42,10 +43,11 @@ def wish(
     *,
     within_s: float = 30.0,
     has_begun: bool = False,
+    fingerprint: str | None = None,
     is_batch: bool = False,
     matched: Mapping[str, float] | None = None,
     holders: set[str] | None = None,
-    suits: Callable[[InstanceRecord], bool] = lambda instance: True,
+    suits: Callable[[InstanceRecord], bool] | None = None,
     elsewhere: Callable[[], bool] = lambda: False,
 ) -> Wish:
     """For a prefill of the one token `number`, by which scripted instances tell requests apart."""
@@ -61,13 +63,17 @@ def wish(
             sampling=SamplingParams(max_tokens=8),
         )
 
+    def has_the_weights(instance: InstanceRecord) -> bool:
+        return fingerprint in (None, instance.fingerprint)
+
     return Wish(
         request_for=request_for,
-        suits=suits,
+        suits=suits or has_the_weights,
         holders=set() if holders is None else holders,
         until=time.time() + within_s,
         deadline=time.time() + 60,
         has_begun=has_begun,
+        fingerprint=fingerprint,
         is_batch=is_batch,
         matched=matched or {},
         elsewhere=elsewhere,
@@ -307,3 +313,96 @@ async def test_newcomers_are_refused_where_nobody_comes_and_streams_that_have_be
             await one.prefill_line.ask(wish(1, within_s=30))
         await one.add("p", "prefill", kind=AcceptsOnly)
         assert (await begun).instance.id == "p"
+
+
+@pytest.mark.parametrize("behind", ["new", None])
+async def test_a_head_that_its_own_weights_refuse_keeps_nobody_from_others(nats_url: str, behind: str | None) -> None:
+    async with fleet(nats_url) as one:
+        old = await one.add("p1", "prefill", *FULL, kind=AcceptsOnly, fingerprint="old")
+        head = await join(one, wish(1, has_begun=True, fingerprint="old"))
+        await eventually(lambda: old.requests)
+        await one.add("p2", "prefill", kind=AcceptsOnly, fingerprint="new")
+        async with asyncio.timeout(10.0):
+            assert (await one.prefill_line.ask(wish(2, fingerprint=behind))).instance.id == "p2"
+        assert not head.done()
+        old.answers.clear()
+        assert (await head).instance.id == "p1"
+
+
+async def test_among_unlike_weights_each_line_keeps_its_order(nats_url: str) -> None:
+    """Also from when they were one line, and to when they are one again."""
+    async with fleet(nats_url) as one:
+        old = await one.add("p1", "prefill", *FULL, kind=AcceptsOnly, fingerprint="old")
+        waiting = [
+            await join(one, wish(number, has_begun=True, fingerprint="old", within_s=30 + number))
+            for number in range(4)
+        ]
+        new = await one.add("p2", "prefill", *FULL, kind=AcceptsOnly, fingerprint="new")
+        waiting += [await join(one, wish(number, within_s=30 + number)) for number in (14, 15)]
+        waiting += [await join(one, wish(number, fingerprint="new", within_s=30 + number)) for number in (25, 24)]
+        await eventually(lambda: {14, 24} <= set(numbers(new)))
+        assert {0} <= set(numbers(old)) <= {0, 14}
+        del one.instances["p1"]
+        new.record = new.record.model_copy(update={"fingerprint": "old"})
+        await eventually(lambda: numbers(new)[-1] == 0)
+        num_refused = len(new.requests)
+        await eventually(lambda: set(numbers(new)[num_refused:]) == {0})
+        num_refused = len(new.requests)
+        new.answers.clear()
+        await asyncio.gather(*waiting[:6])
+        assert list(dict.fromkeys(numbers(new)[num_refused - 1 :])) == [0, 1, 2, 3, 14, 15]
+        assert not any(task.done() for task in waiting[6:])
+        new.record = new.record.model_copy(update={"fingerprint": "new"})
+        await asyncio.gather(*waiting)
+        assert numbers(new)[-2:] == [24, 25]
+
+
+async def test_a_hint_wakes_every_head(nats_url: str, only_hints: None) -> None:
+    """Also one that asks while another has begun to ask since."""
+
+    class AnswersWhenLet(AcceptsOnly):
+        async def handle(self, incoming: Incoming) -> None:
+            self.requests.append(incoming.parse(PrefillRequest))
+            if len(self.requests) == 1:
+                await let.wait()
+            await incoming.respond(Answer(accepted=len(self.requests) > 1, reason="no_slot"))
+
+    let = asyncio.Event()
+    async with fleet(nats_url, answer_timeout_s=30.0) as one:
+        slow = await one.add("p1", "prefill", kind=AnswersWhenLet, fingerprint="old")
+        await one.add("p2", "prefill", kind=AcceptsOnly, fingerprint="new")
+        head = await join(one, wish(1, fingerprint="old"))
+        await eventually(lambda: slow.requests)
+        one.prefill_line.hint()
+        assert (await one.prefill_line.ask(wish(2, fingerprint="new"))).instance.id == "p2"
+        let.set()
+        assert (await head).num_refusals == 1
+
+
+async def test_a_stream_whose_weights_others_have_replaced_is_told_to_begin_anew(nats_url: str) -> None:
+    async with fleet(nats_url, instance_wait_s=0.3) as one:
+        await one.add("p", "prefill", *FULL, kind=AcceptsOnly, fingerprint="new")
+        saturating = await join(one, wish(1, has_begun=True, fingerprint="new", within_s=20))
+        before = time.monotonic()
+        with pytest.raises(InstanceFailed, match="served no more: send it again"):
+            await one.prefill_line.ask(wish(has_begun=True, fingerprint="old", within_s=30))
+        assert time.monotonic() - before > 0.3
+        with pytest.raises(NobodyHere):
+            await one.prefill_line.ask(wish(has_begun=True, fingerprint="old", elsewhere=lambda: True))
+        assert not saturating.done()
+        saturating.cancel()
+        await asyncio.wait([saturating])
+
+
+async def test_the_time_in_which_nobody_at_all_was_there_does_not_count(nats_url: str) -> None:
+    async with fleet(nats_url, instance_wait_s=1.0) as one:
+        begun = await join(one, wish(has_begun=True, fingerprint="old"))
+        with pytest.raises(NoInstance):  # which takes as long as others would have had
+            await one.prefill_line.ask(wish(1))
+        await one.add("p2", "prefill", kind=AcceptsOnly, fingerprint="new")
+        one.prefill_line.hint()
+        assert (await one.prefill_line.ask(wish(2))).instance.id == "p2"
+        assert not begun.done()
+        await one.add("p1", "prefill", kind=AcceptsOnly, fingerprint="old")
+        one.prefill_line.hint()
+        assert (await begun).instance.id == "p1"
