@@ -26,7 +26,7 @@ from bench.running import machine, pdserve_up
 
 SCENARIOS = ("code", "conv")
 WAYS = {
-    "mixed": {"default": (3, 3)},
+    "mixed": {"default": (4, 2)},
     # The default group, which there has to be, serves the code.
     "groups": {"conv": (1, 1), "default": (3, 1)},
 }
@@ -144,10 +144,10 @@ def _result(way: str, scenario: str, sent: Sequence[Outcome], arguments: argpars
         scenario=scenario,
         sent_per_s=len(sent) / arguments.seconds,
         goodput_per_s=len(good) / arguments.seconds,
-        share_shed=1 - len(done) / len(sent),
-        share_cached=sum(one.cached_tokens for one in done) / sum(one.item.num_prompt_tokens for one in done),
-        mean_ttft_s=sum(one.ttft_s for one in done) / len(done),
-        mean_tpot_s=sum(map(_tpot_s, done)) / len(done),
+        share_shed=sum(one.error is not None and one.error.startswith("overloaded") for one in sent) / len(sent),
+        share_cached=sum(one.cached_tokens for one in done) / max(1, sum(one.item.num_prompt_tokens for one in done)),
+        mean_ttft_s=sum(one.ttft_s for one in done) / max(1, len(done)),
+        mean_tpot_s=sum(map(_tpot_s, done)) / max(1, len(done)),
     )
 
 

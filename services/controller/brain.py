@@ -137,7 +137,10 @@ class Brain:
         default = self.cluster.maps.get(DEFAULT)
         if not self.groups.automatic_scenarios or default is None:
             return
-        can_be_spared = sum(min(1, len(self.to_spare(DEFAULT, role))) for role in ROLES)
+        can_be_spared = min(
+            sum(min(1, len(self.to_spare(DEFAULT, role))) for role in ROLES),
+            max(0, len(default.members) - self.specs[DEFAULT].min_instances),
+        )
         instances = Instances(default=MIN_GROUP + can_be_spared, spare=len(self.spares()))
         found = self.discovery.decide(self.samples, instances, now)
         if found is None:

@@ -13,7 +13,7 @@ from math import exp
 from shared.engine.work import PromptWork
 from shared.registry.records import Work
 
-HORIZON_S, FADE_S = 5.0, 20.0
+HORIZON_S, FADE_S = 5.0, 10.0
 """After so many seconds of computing, or of any time, what was measured before counts 1/e of what is new."""
 INDEPENDENT = 1e-3
 """Tokens and pairs are told apart where at least this share of their squares is not common to both."""

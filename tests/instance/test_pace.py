@@ -121,6 +121,18 @@ def test_it_follows_a_change_of_speed() -> None:
     assert pace.seconds(PromptWork.of(700)) == pytest.approx(engine.takes(PromptWork.of(700)), rel=0.01)
 
 
+def test_a_slow_phase_is_forgotten_even_where_little_is_computed_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt every five seconds, as where nearly all are refused."""
+    now = 0.0
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(monotonic=lambda: now))
+    pace, engine = Pace(STEP), Engine(pair_s=0.0)
+    told(pace, engine, *[500] * 20, slower=10.0)
+    for _ in range(12):
+        now += 5.0
+        told(pace, engine, 100)
+    assert pace.seconds(PromptWork.of(100)) < 2 * 100 * TOKEN_S
+
+
 @pytest.fixture
 def pace() -> Pace:
     """It knows the speed of an engine."""
