@@ -118,7 +118,7 @@ def _system(arguments: argparse.Namespace, way: str) -> Iterator[Running]:
 
 async def _capacity(running: Running, items: Sequence[Item], arguments: argparse.Namespace) -> float:
     """Requests per second with prefill always at work."""
-    # Batch requests wait as long as they have to.
+    # Batch requests wait as long as they have to (PDSERVE_TTFT_TIMEOUT_S).
     endless = iter(items * 100)
     async with load_client(running.nats_url) as client:
         end = time.monotonic() + PROBE_S

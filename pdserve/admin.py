@@ -15,7 +15,7 @@ from shared.bus.messages import Message
 from shared.errors import BusUnavailable, PDServeError, PeerUnavailable
 
 CONNECT_TIMEOUT_S = 3.0
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S, LOOK_AGAIN_S = 2.0, 0.2
 TAKEOVER_S = 10.0
 """How long nobody may lead."""
 TIMEOUT_S = 900.0
@@ -45,10 +45,14 @@ async def ask_admin(nats_url: str, verb: str, request: AdminRequest) -> AdminAns
     """The leading controller's answer. Raises `BusUnavailable` where nobody leads."""
     async with connection.connect(nats_url, name=f"pdserve-{verb}", timeout_s=CONNECT_TIMEOUT_S) as bus:
         asking = asyncio.ensure_future(bus.request(subjects.admin(verb), request, AdminAnswer, timeout_s=TIMEOUT_S))
+        asked = None
         try:
             while not asking.done():
-                # Controllers that do not lead are silent: while we wait, somebody has to lead.
-                await _refuse_without_leader(bus, nats_url)
+                # Controllers that do not lead are silent: while we wait, the one that has heard us has to lead.
+                leader = await _leader(bus, nats_url)
+                asked = asked or leader
+                if leader != asked:
+                    raise BusUnavailable("another controller leads by now: see `pdserve status`, and ask again")
                 await asyncio.wait([asking], timeout=LOOK_EVERY_S)
             return asking.result()
         except PeerUnavailable as error:
@@ -57,9 +61,13 @@ async def ask_admin(nats_url: str, verb: str, request: AdminRequest) -> AdminAns
             asking.cancel()
 
 
-async def _refuse_without_leader(bus: Bus, nats_url: str) -> None:
+async def _leader(bus: Bus, nats_url: str) -> str:
+    """Who leads. Raises `BusUnavailable` where nobody does for a while."""
     end = time.monotonic() + TAKEOVER_S
-    while (await bus.request(subjects.STATUS, Message(), Status, timeout_s=CONNECT_TIMEOUT_S)).leader is None:
+    while True:
+        status = await bus.request(subjects.STATUS, Message(), Status, timeout_s=CONNECT_TIMEOUT_S)
+        if status.leader is not None:
+            return status.leader
         if time.monotonic() > end:
             raise BusUnavailable(f"no controller leads at {shown(nats_url)}: can they reach Redis?")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(LOOK_AGAIN_S)

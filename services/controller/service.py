@@ -28,6 +28,8 @@ from shared.settings import ControllerSettings, hostname
 from shared.telemetry import tracing
 
 THINK_EVERY_S = 0.25
+LEADER_FIRST_S = 0.25
+"""How long a controller that does not lead leaves a question about the status to the one that does."""
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ class Controller:
         await self._cluster.read(self._records)
         await self._bus.subscribe(subjects.gateway(self._id, ">"), self._canary.on_message)
         await self._bus.subscribe(subjects.CHANGED, self._on_changed)
-        await self._bus.subscribe(subjects.STATUS, self._on_status, queue=subjects.CONTROLLERS)
+        await self._bus.subscribe(subjects.STATUS, self._on_status)
         await self._bus.subscribe(subjects.admin("*"), self._on_admin)
         working = [
             self._tasks.create_task(self._leadership.hold_forever()),
@@ -133,6 +135,14 @@ class Controller:
         self._look.set()
 
     async def _on_status(self, incoming: Incoming) -> None:
+        """The leader knows most, and whoever asks takes the first answer: the others give it time."""
+        if self._leadership.lead is not None:
+            await self._tell_status(incoming)
+        else:
+            self._tasks.create_task(self._tell_status(incoming, after_s=LEADER_FIRST_S))
+
+    async def _tell_status(self, incoming: Incoming, after_s: float = 0.0) -> None:
+        await asyncio.sleep(after_s)
         if incoming.reply_to:
             await incoming.respond(status(self._id, self._cluster, self._brain, self._admin.upgrade_status()))
 

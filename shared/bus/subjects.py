@@ -12,16 +12,13 @@ STATUS = f"{PREFIX}.controller.status"
 """Public: the controller's view of groups, instances and gateways."""
 
 CHANGED = f"{PREFIX}.changed"
-"""An instance's record has changed in more than its figures, or a gateway has new ones to tell: read it now."""
+"""An instance's record has changed in more than its figures: read it now."""
 
 PROVISION = f"{PREFIX}.provision"
 """Whoever can start and end instances listens here: `pdserve up`."""
 
 GATEWAYS = "gateways"
 """The queue group in which gateways share GENERATE."""
-
-CONTROLLERS = "controllers"
-"""The queue group in which controllers share STATUS."""
 
 
 def instance(instance_id: str, verb: str) -> str:

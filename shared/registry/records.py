@@ -12,8 +12,9 @@ from shared.kv.layout import KVLayout
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 InstanceState = Literal["spare", "drained", "changing", "ready", "draining"]
-"""`drained` is a spare that an operator has drained: nobody gives it a role but an operator."""
-"""Without a role; on the way to another role or model; taking requests; on the way to its end."""
+"""Without a role; without one until an operator gives it one; on the way to another role or model; taking requests; on
+the way to its end.
+"""
 EngineKind = Literal["torch", "mock"]
 
 
@@ -31,7 +32,7 @@ class Record(BaseModel):
 
 
 class Work(BaseModel):
-    """What an engine has done since its process started. Differences of two of them describe the time between.
+    """What an engine has done since it was made, with its model. Differences of two of them describe the time between.
 
     Sums over decode steps (those without prefill) let a reader fit seconds = base + per_row * rows.
     """
@@ -57,7 +58,7 @@ class Work(BaseModel):
 
 
 class Admissions(BaseModel):
-    """What an instance has accepted and refused since its process started."""
+    """What an instance has accepted and refused since its role began."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

@@ -22,6 +22,8 @@ def test_the_leader_dies_and_the_other_leads(start_system: Callable[..., System]
         wait_until(lambda: "ready" in other.log.read_text())
         first = system.status().leader
         assert first is not None
+        answers = [system.status() for _ in range(5)]
+        assert {one.controller for one in answers} == {first}, "the leader knows most, and answers"
         with streaming(system.url, REQUEST) as answer:
             answer.read(20)
             system.controller.kill()
