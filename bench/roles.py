@@ -16,7 +16,7 @@ import statistics
 import time
 
 from bench.load import Item, LoadClient, load_client
-from bench.running import machine, pdserve_up
+from bench.running import START_TIMEOUT_S, machine, pdserve_up
 from pdserve.admin import ask_admin
 from pdserve.status import ask
 from shared.bus.control import AdminRequest
@@ -41,6 +41,8 @@ async def _measure(nats_url: str, num_changes: int, num_clients: int) -> None:
     lengths = random.Random(0)
     items = (Item(0.0, lengths.randrange(8, 400), lengths.randrange(2, 120)) for _ in itertools.count())
     done = asyncio.Event()
+    async with asyncio.timeout(START_TIMEOUT_S):
+        await _until_all_are_there(nats_url)
     async with load_client(nats_url) as client:
         loading = asyncio.create_task(client.closed_loop(items, num_clients, done.is_set))
         took_s = []
@@ -54,6 +56,12 @@ async def _measure(nats_url: str, num_changes: int, num_clients: int) -> None:
     print(f"{len(client.outcomes)} requests, {len(failed)} failed")
     for one in failed[:5]:
         print(f"  {one.error}")
+
+
+async def _until_all_are_there(nats_url: str) -> None:
+    """The first pair serves before the others are there."""
+    while [len(one.prefill) + len(one.decode) for one in (await ask(nats_url)).groups] != [4]:
+        await asyncio.sleep(0.1)
 
 
 async def _until_done(client: LoadClient, num_requests: int) -> None:
