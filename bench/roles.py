@@ -60,7 +60,7 @@ async def _measure(nats_url: str, num_changes: int, num_clients: int) -> None:
 
 async def _until_all_are_there(nats_url: str) -> None:
     """The first pair serves before the others are there."""
-    while [len(one.prefill) + len(one.decode) for one in (await ask(nats_url)).groups] != [4]:
+    while [len(one.prefill) + len(one.decode) for one in (await ask(nats_url)).groups] != [4]:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
 
 
