@@ -90,7 +90,9 @@ def _add_operators_commands(commands: "argparse._SubParsersAction[argparse.Argum
     flip.add_argument("--group", help="in which group (default: the one that it is in)")
     flip.set_defaults(run=_wish("flip", "instance", "role", "group"))
 
-    drain = commands.add_parser("drain", help="take an instance out of service until it is flipped; what it holds ends or moves")
+    drain = commands.add_parser(
+        "drain", help="take an instance out of service until it is flipped; what it holds ends or moves"
+    )
     drain.add_argument("instance", help="its id, or the beginning or end of it")
     drain.set_defaults(run=_wish("drain", "instance"))
 
