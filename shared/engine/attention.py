@@ -29,6 +29,8 @@ class PagedAttention:
     def __init__(self) -> None:
         self.kernels = Kernels(plain.paged_decode, None, plain.put)
         self.name = f"pdserve_paged_{next(_numbers)}"
+        self.asked: dict[int, Asked] = {}
+        """By the number of a layer, what it asked for the last time."""
         self._current: tuple[KVPool, Batch] | None = None
         AttentionInterface.register(self.name, self)
 
@@ -42,10 +44,15 @@ class PagedAttention:
         finally:
             self._current = None
 
+    @property
+    def current(self) -> "tuple[KVPool, Batch]":
+        """The pool and the batch of the step under way."""
+        assert self._current is not None, "a layer outside of a step"
+        return self._current
+
     def sampled_rows(self) -> torch.Tensor | None:
         """The rows of the current step that give a token, int64 [N]; None where all do."""
-        assert self._current is not None, "a layer outside of a step"
-        batch = self._current[1]
+        _, batch = self.current
         return None if len(batch.logit_rows) == batch.num_tokens else batch.logit_rows
 
     def __call__(
@@ -75,8 +82,7 @@ class PagedAttention:
         Returns:
             [1, T, Hq, Dv], and None for the weights.
         """
-        assert self._current is not None, "attention outside of a step"
-        pool, batch = self._current
+        pool, batch = self.current
         layer = module.layer_idx
         assert isinstance(layer, int)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -84,6 +90,7 @@ class PagedAttention:
         self.kernels.put(pool.keys[layer], new_keys, batch.blocks, batch.offsets)
         self.kernels.put(pool.values[layer], new_values, batch.blocks, batch.offsets)
         asked = Asked(scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+        self.asked[layer] = asked
         places = (pool, batch, layer, query[0], asked)
         parts = [*self._decodes(*places), *self._prefills(*places)]
         return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None

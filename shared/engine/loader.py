@@ -13,6 +13,7 @@ from shared.engine.kernels.gpu import gpu_kernels
 from shared.engine.kernels.native import native_kernels
 from shared.engine.model import LoadedModel
 from shared.engine.modules.fast import put_in_fast_modules
+from shared.engine.modules.layer_trial import replace_layers
 from shared.engine.modules.linears import Quantization, quantise_linears
 from shared.engine.native.library import Library, native_library
 from shared.engine.probe import check_config, context_length, probe_layout
@@ -109,12 +110,14 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
         _check_quantised(model, num_quantised, logits_difference(before, expected))
     attention = _put_in_attention(weights, layout, library)
     replaced = put_in_fast_modules(weights, library, attention.sampled_rows)
+    num_layers = 0 if library is None else replace_layers(weights, attention, layout, library)
     allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
     difference = check_logits(model, weights, attention, layout, expected, allowed)
     logger.info(
         "model %s: ready after %.1f s, %.1fM parameters, %.0f MB in the files' layout, faster modules: %s, "
+        "layers that are one call: %d, "
         "logits within %.1g of its own, fingerprint %s",
-        *(model, time.monotonic() - started, num_parameters / 1e6, weight_bytes / 1e6, replaced),
+        *(model, time.monotonic() - started, num_parameters / 1e6, weight_bytes / 1e6, replaced, num_layers),
         *(difference, name_of_weights),
     )
     return LoadedModel(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shared.engine.blocks import runs
+from shared.engine.memory import huge_pages
 from shared.kv.layout import KVLayout
 
 
@@ -31,7 +32,11 @@ class KVPool:
         self.device = torch.device(device)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         self.trash_block = num_blocks
-        everything = torch.empty(num_blocks + 1, layout.block_elements, dtype=dtype, device=self.device)
+        shape = (num_blocks + 1, layout.block_elements)
+        if self.device.type == "cpu":
+            everything = huge_pages((num_blocks + 1) * layout.block_bytes).view(dtype).view(shape)
+        else:
+            everything = torch.empty(shape, dtype=dtype, device=self.device)
         self.data = everything[:num_blocks]
         self.keys: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dk], views of the same memory
         self.values: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dv]

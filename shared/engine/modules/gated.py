@@ -17,19 +17,19 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class NativeGatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), where `gate` is the number of the activation."""
 
     def __init__(self, gate_proj: Into, up_proj: Into, down_proj: Into, gate: int) -> None:
         super().__init__()
         self.gate_proj = gate_proj
         self.up_proj = up_proj
         self.down_proj = down_proj
-        self._gate = gate
+        self.gate = gate
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., hidden] to the same."""
         inner = self.gate_proj(rows)
-        self.up_proj.into(inner, rows, gate=self._gate)
+        self.up_proj.into(inner, rows, gate=self.gate)
         output: torch.Tensor = self.down_proj(inner)
         return output
 

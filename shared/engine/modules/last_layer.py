@@ -1,6 +1,7 @@
 """In a model's last layer, what follows attention is computed for the rows that give a token only.
 
-The keys and values of a prompt's other tokens are in the pool by then, and nothing reads their last hidden state.
+The keys and values of a prompt's other tokens are in the pool by then, and nothing reads their last hidden state. A
+layer that is one call (`layers.py`) does so by itself.
 """
 
 from collections.abc import Callable
@@ -38,16 +39,22 @@ class ForRows(nn.Module):
         return output
 
 
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList | None:
+    """The one list of `num_layers` modules in a model; None where there are several or none."""
+    found = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
+    return found[0] if len(found) == 1 else None
+
+
 def spare_last_layer(model: nn.Module, num_layers: int, rows: Rows) -> int:
     """Put the output projection and the gated MLP of the last layer behind a `ForRows`; how many those are.
 
     Call it last: only modules of ours are known to work row by row.
     """
-    layers = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
-    if len(layers) != 1:
+    layers = decoder_layers(model, num_layers)
+    if layers is None:
         return 0
     num_spared = 0
-    for parent in list(layers[0][-1].modules()):
+    for parent in list(layers[-1].modules()):
         for name, child in list(parent.named_children()):
             out_features = _out_features(name, child)
             if out_features is not None:

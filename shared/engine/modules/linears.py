@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from shared.engine.modules.same import computes_the_same
+from shared.engine.native import layer
 from shared.engine.native.library import DTYPES, Library
 
 Quantization = Literal["none", "int8"]
@@ -69,6 +70,15 @@ class NativeLinear(nn.Module):
             *(self.in_features, self.out_features, gate, self._num_threads),
         )
 
+    def struct(self) -> layer.Linear:
+        """What `layer.cpp` needs to know of it."""
+        return layer.Linear(
+            packed=self.packed.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            in_features=self.in_features,
+            out_features=self.out_features,
+        )
+
 
 def quantised_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [N, K] as int8 and a scale for each output [N]: symmetric, by the largest magnitude of a row."""
@@ -115,6 +125,17 @@ class Int8Linear(nn.Module):
             output.data_ptr(),
             *(self.in_features, self.out_features, gate),
             *(quantised.data_ptr(), row_scales.data_ptr(), self._num_threads),
+        )
+
+    def struct(self) -> layer.Linear:
+        """What `layer.cpp` needs to know of it."""
+        return layer.Linear(
+            packed=self.packed.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            scales=self._scales.data_ptr(),
+            sums=self._sums.data_ptr(),
+            in_features=self.in_features,
+            out_features=self.out_features,
         )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from shared.engine.modules.same import computes_the_same
+from shared.engine.native import layer
 from shared.engine.native.library import DTYPES, Library
 
 KINDS = (0, 1)
@@ -34,6 +35,10 @@ class NativeRMSNorm(nn.Module):
             *(rows.numel() // size, size, self._eps, self._kind, self._num_threads),
         )
         return output
+
+    def struct(self) -> layer.Norm:
+        """What `layer.cpp` needs to know of it."""
+        return layer.Norm(weight=self.weight.data_ptr(), size=self.weight.shape[0], eps=self._eps, kind=self._kind)
 
 
 @torch.inference_mode()

@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("linear.cpp", "elementwise.cpp", "decode.cpp", "prefill.cpp", "draw.cpp")
-HEADERS = ("vectors.h", "tile.h", "matrix_tiles.h", "paged.h")
+SOURCES = ("linear.cpp", "elementwise.cpp", "decode.cpp", "prefill.cpp", "layer.cpp", "draw.cpp")
+HEADERS = ("vectors.h", "tile.h", "matrix_tiles.h", "paged.h", "kernels.h")
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=default", "-Wno-psabi")
 # Without -fopenmp here, the library uses the OpenMP that torch has loaded already, and its threads.
 LINK = ("-shared",)

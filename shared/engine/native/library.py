@@ -24,6 +24,7 @@ _PREFILL = [
     *(c_void_p, c_long, c_long, *_PAGED, *_PAGED, c_void_p, c_long, c_long, c_void_p, c_void_p),
     *(c_long, c_long, c_long, c_float, c_float, c_long, c_int),
 ]
+_LAYER = [*[c_void_p] * 4, c_long, c_void_p, c_void_p, c_long, c_void_p, c_void_p]
 _PUT = [c_void_p, c_long, c_long, c_void_p, c_long, c_long, c_void_p, c_void_p, c_long, c_long, c_long]
 _ARGUMENTS = {
     "linear": _LINEAR,
@@ -33,6 +34,7 @@ _ARGUMENTS = {
     "decode": _DECODE,
     "prefill": _PREFILL,
     "put": _PUT,
+    "layer": _LAYER,
 }
 
 log = logging.getLogger(__name__)

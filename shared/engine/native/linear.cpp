@@ -133,7 +133,7 @@ static void one_panel_of_tiles(
     const uint32_t* next = panel + steps * PANEL;
     const auto meanwhile = [&](const uint32_t* words) {
         if (before->last == 0) {  // the panel may come from memory
-            for (int line = 0; line < 2 * TILE_STEPS; line++) fetch(words + line * LANES);
+            for (int line = 0; line < 2 * TILE_STEPS; line++) fetch<1>(words + line * LANES);
             return;
         }
         before->some(at_once, feature, end);

@@ -6,9 +6,21 @@
 
 constexpr int PANEL = 2 * LANES;
 constexpr int MAX_ROWS = 12;
-constexpr int AHEAD = 2048;  // bytes fetched before they are needed
 
-static inline void fetch(const void* address) { __builtin_prefetch((const char*)address + AHEAD, 0, 3); }
+// What is fetched before it is needed. With few rows a step is as fast as memory, and what comes goes straight to the
+// first cache. With more there is time to multiply in, and the second cache holds what comes from further ahead without
+// driving rows out of the first; that also brings the next panel while the last rows take this one.
+constexpr int FEW_ROWS = 5;
+constexpr int AHEAD = 4096, FAR_AHEAD = 8192;  // bytes
+
+template <int ROWS>
+static inline void fetch(const void* address) {
+    if constexpr (ROWS <= FEW_ROWS) {
+        __builtin_prefetch((const char*)address + AHEAD, 0, 3);
+    } else {
+        __builtin_prefetch((const char*)address + FAR_AHEAD, 0, 2);
+    }
+}
 
 // How a step multiplies: `STEP` input features at a time, one word of 32 bits a lane.
 struct Float {
@@ -66,8 +78,8 @@ static inline void tile(
         words left, right;
         memcpy(&left, panel, sizeof left);
         memcpy(&right, panel + LANES, sizeof right);
-        fetch(panel);
-        fetch(panel + LANES);
+        fetch<ROWS>(panel);
+        fetch<ROWS>(panel + LANES);
 #pragma GCC unroll 12
         for (int row = 0; row < ROWS; row++) {
             const uint32_t word = rows[row * row_words + step];

@@ -1,0 +1,103 @@
+"""Which decoder layers could be one call (`layers.py`), by what they are made of.
+
+Their parts have to be ours already, and to stand where `layer.cpp` has them. And their code must mention nothing else,
+so that nothing is left out which only some positions would show, and no trial.
+"""
+
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from shared.engine.modules.gated import Into, NativeGatedMLP
+from shared.engine.modules.last_layer import ForRows
+from shared.engine.modules.norms import NativeRMSNorm
+from shared.kv.layout import LayerLayout
+
+PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm"}
+"""What `native.Layer` calls the parts of attention, and what transformers calls them."""
+PLACES = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+NORMS: tuple[tuple[str | None, ...], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),  # Llama, Qwen, Mistral
+    (
+        *("input_layernorm", "post_attention_layernorm"),  # Gemma 2 and 3
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),  # OLMo 2
+)
+"""Where norms may stand, and what they are called there by those whose layers have all of them and no others."""
+LAYER_CODE = frozenset(
+    {"self_attn", "mlp", "residual_multiplier", *(name for norms in NORMS for name in norms if name)}
+)
+"""What the code of a layer may mention."""
+ATTENTION_CODE = frozenset(
+    {
+        *PROJECTIONS.values(),
+        *HEAD_NORMS.values(),
+        *("shape", "view", "transpose", "reshape", "contiguous", "head_dim", "layer_idx", "getattr"),
+        *("apply_rotary_pos_emb", "use_rope", "is_sliding"),
+        *("ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation", "eager_attention_forward"),
+        *("scaling", "sliding_window", "attn_logit_softcapping"),  # which our attention is told
+        *("training", "attention_dropout", "residual_dropout", "nn", "functional", "dropout"),  # not in inference
+        "update",  # of a cache that there is not
+    }
+)
+"""What the code of its attention may mention."""
+
+
+@dataclass(slots=True, frozen=True)
+class Parts:
+    """What a layer is made of; linears and norms by the names that `native.Layer` has for them.
+
+    Args:
+        index: the number of the layer, by which attention and the pool know it.
+        residual: what comes out of attention and of the MLP is multiplied by this before it is added.
+    """
+
+    index: int
+    head_dim: int
+    linears: dict[str, Into]
+    norms: dict[str, NativeRMSNorm]
+    mlp: NativeGatedMLP
+    residual: float
+
+    @property
+    def kv(self) -> LayerLayout:
+        """What it keeps of a token."""
+        num_kv_heads = self.linears["key"].out_features // self.head_dim
+        return LayerLayout(num_kv_heads=num_kv_heads, key_dim=self.head_dim, value_dim=self.head_dim)
+
+
+def parts_of(layer: nn.Module) -> Parts | None:
+    """The parts of a layer, if they and its code are those of layers that could be one call."""
+    of_layer = _children(layer)
+    attention, mlp = of_layer.pop("self_attn", None), of_layer.pop("mlp", None)
+    places = next((names for names in NORMS if set(names) - {None} == of_layer.keys()), None)
+    if places is None or attention is None or not isinstance(mlp, NativeGatedMLP):
+        return None
+    of_attention = _children(attention)
+    head_norms = {ours: of_attention.pop(own) for ours, own in HEAD_NORMS.items() if own in of_attention}
+    if of_attention.keys() != set(PROJECTIONS.values()):
+        return None
+    linears = {ours: part for ours, own in PROJECTIONS.items() if isinstance(part := of_attention[own], Into)}
+    all_norms = {place: of_layer[own] for place, own in zip(PLACES, places, strict=True) if own} | head_norms
+    norms = {name: part for name, part in all_norms.items() if isinstance(part, NativeRMSNorm)}
+    if len(linears) < len(PROJECTIONS) or len(norms) < len(all_norms):
+        return None
+    if not (_mentions_only(layer, LAYER_CODE) and _mentions_only(attention, ATTENTION_CODE)):
+        return None
+    told: Any = attention
+    return Parts(told.layer_idx, told.head_dim, linears, norms, mlp, getattr(layer, "residual_multiplier", 1.0))
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child.inner if isinstance(child, ForRows) else child for name, child in module.named_children()}
+
+
+def _mentions_only(module: nn.Module, known: frozenset[str]) -> bool:
+    """Whether the code of a module's forward has no other names of globals and attributes, and no code within."""
+    code = inspect.unwrap(type(module).forward).__code__
+    return set(code.co_names) <= known and not any(isinstance(part, types.CodeType) for part in code.co_consts)
