@@ -1,4 +1,4 @@
-"""Sampling where the logits are on a GPU: as little as possible is brought to the host, in one read.
+"""Sampling for logits anywhere: as little as possible is computed, and brought to the host in one read.
 
 Requests that take the likeliest token as it is need nothing but its id. If any request of a step asks for more, the
 logits of all come to the host and are sampled there, so that a request gets the same text on every device.
@@ -13,13 +13,18 @@ from shared.engine.sequence import Sequence
 
 def sample_on_host(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> list[Choice]:
     """As `sample`, for logits anywhere; it returns when the device has computed them."""
-    if logits.device.type != "cpu" and all(takes_likeliest(sequence) for sequence in sequences):
-        return likeliest(logits)
+    if all(takes_likeliest(sequence) for sequence in sequences):
+        return likeliest(logits, library)
     return sample(logits.cpu(), sequences, library)
 
 
-def likeliest(logits: torch.Tensor) -> list[Choice]:
-    """What `sample` chooses for sequences that take the likeliest token. It overwrites the logits, too."""
+def likeliest(logits: torch.Tensor, library: Library | None = None) -> list[Choice]:
+    """What `sample` chooses for sequences that take the likeliest token. It may overwrite the logits, too."""
+    if library is not None:
+        logits = logits.contiguous()
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        library.likeliest(logits.data_ptr(), *logits.shape, tokens.data_ptr())
+        return [Choice(token_id, None, []) for token_id in tokens.tolist()]
     logits.nan_to_num_(nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
     return [Choice(token_id, None, []) for token_id in logits.argmax(-1).tolist()]
 

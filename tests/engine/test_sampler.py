@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shared.engine.adjust import adjust
+from shared.engine.host_sampling import likeliest
+from shared.engine.native.library import native_library
 from shared.engine.sampler import draw, sample
 from shared.engine.sequence import Sequence
 from shared.engine.truncate import truncate
@@ -212,3 +214,19 @@ def test_whatever_is_accepted_draws_a_token_of_the_vocabulary(
 def test_what_arithmetic_cannot_take_is_not_accepted(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         params(**fields)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 503, 2200])
+def test_the_native_choice_of_the_likeliest_is_the_samplers(vocab_size: int) -> None:
+    library = native_library()
+    if library is None:
+        pytest.skip("there is no C++ compiler here")
+    logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(vocab_size)).round(decimals=1)  # ties
+    logits[1] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, vocab_size // 2] = float("inf")
+    logits[4, 0] = float("nan")
+    logits[5, -1] = 99.0
+    logits[6] = logits[6].abs() * -1e30
+    expected = sample(logits.clone(), [sequence_with(params(temperature=0.0))] * len(logits))
+    assert likeliest(logits, library) == expected

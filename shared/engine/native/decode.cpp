@@ -3,17 +3,7 @@
 #include <vector>
 
 #include "paged.h"
-
-// The next slots are on their way while those before are computed: blocks are far apart in memory, which the processor
-// does not foresee. All heads of a slot lie together, and one head's turn fetches its share in the order of memory.
-template <class T>
-static inline void fetch(const Paged<T>& paged, long block, long slot, long share, long num_shares) {
-    const char* from = (const char*)paged.at(block, slot, 0);
-    const long bytes = LANES * paged.slot_stride * (long)sizeof(T);
-    for (long byte = bytes * share / num_shares; byte < bytes * (share + 1) / num_shares; byte += 64) {
-        __builtin_prefetch(from + byte, 0, 2);
-    }
-}
+#include "tile.h"
 
 // The sums of 16 vectors as one vector: lane i is the sum of vector i.
 static inline floats sums_of(const floats* vectors) {
@@ -45,19 +35,45 @@ static inline floats sums_of(const floats* vectors) {
 // The i-th of 16 slots; behind the last of `count` the first once more, whose weight will be 0.
 static inline long present(long slot, long count) { return slot < count ? slot : 0; }
 
-// Scores of up to 16 slots, `keys` being the first, for GROUP query heads that share them. DIM is the size of a head if
-// it is known beforehand, or 0.
-template <int GROUP, int DIM, class T>
-static void score(const float* queries, const Paged<T>& paged, const T* keys, long count, float (*scores)[LANES]) {
+// The next slots are on their way while those before are computed: blocks are far apart in memory, which the processor
+// does not foresee. Each element is asked for when the one that lies as far in these slots is computed, so that memory is
+// as busy as the processor.
+template <class T>
+static inline void fetch(const T* head, long dim) {
+    for (long i = 0; i < dim; i += 64 / (long)sizeof(T)) __builtin_prefetch(head + i, 0, 2);
+}
+
+// 16 words of a head from `word` on; what lies behind its end is zero.
+template <class Kind>
+static inline words some_words(const typename Kind::Element* head, long word, long dim) {
+    words lanes{};
+    const long left = dim / Kind::STEP - word;
+    if (left >= LANES) {
+        memcpy(&lanes, head + word * Kind::STEP, sizeof lanes);
+    } else {
+        memcpy(&lanes, head + word * Kind::STEP, left * sizeof(uint32_t));
+    }
+    return lanes;
+}
+
+// Scores of up to 16 slots, `keys` being the first, for GROUP query heads that share them; `next` will be the first of the
+// next slots. DIM is the size of a head if it is known beforehand, or 0.
+template <class Kind, int GROUP, int DIM, class T>
+static void score(
+    const T* queries, long query_stride, const Paged<T>& paged, const T* keys, const T* next, long count,
+    float (*scores)[LANES]) {
     const long dim = DIM ? DIM : paged.dim;
     floats parts[GROUP][LANES];
 #pragma GCC unroll 16
     for (long slot = 0; slot < LANES; slot++) {
         const T* key = keys + present(slot, count) * paged.slot_stride;
+        fetch(next + slot * paged.slot_stride, dim);
         floats sums[GROUP] = {};
-        for (long i = 0; i < dim; i += LANES) {
-            const floats lanes = load(key + i);
-            for (int query = 0; query < GROUP; query++) sums[query] += load(queries + query * dim + i) * lanes;
+        for (long word = 0; word < dim / Kind::STEP; word += LANES) {
+            const words lanes = some_words<Kind>(key, word, dim);
+            for (int query = 0; query < GROUP; query++) {
+                sums[query] = Kind::dot(sums[query], some_words<Kind>(queries + query * query_stride, word, dim), lanes);
+            }
         }
         for (int query = 0; query < GROUP; query++) parts[query][slot] = sums[query];
     }
@@ -65,127 +81,165 @@ static void score(const float* queries, const Paged<T>& paged, const T* keys, lo
 }
 
 // The scores of a query head become weights; returns by how much what was weighed before counts less now.
-static inline float weigh(const Shape& shape, float* scores, long count, Running& running) {
+template <class T>
+static inline float weigh(const Shape& shape, const float* scores, long count, T* weights, Running& running) {
     const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    floats capped = load(scores);
+    floats capped = load(scores) * shape.scale;
     if (shape.softcap > 0) {
         capped = shape.softcap * (1.0f - 2.0f / (exponential(2.0f / shape.softcap * capped) + 1.0f));
     }
     capped = select(lane < (int32_t)count, capped, splat(-INFINITY));
     const float before = running.most, most = fmaxf(before, largest(capped));
-    const floats weights = exponential(capped - most);
+    const floats lanes = exponential(capped - most);
     const float rescale = before == most ? 1.0f : exponential(splat(before - most))[0];
-    running = {most, running.total * rescale + sum(weights)};
-    store(scores, weights);
+    running = {most, running.total * rescale + sum(lanes)};
+    store(weights, lanes);
     return rescale;
 }
 
-// Values of the slots, weighed, for GROUP query heads that share them.
-template <int GROUP, int DIM, class T>
+// How many elements the outputs of a head take: as many as whole vectors of words have.
+template <class Kind>
+static inline long padded(long dim) {
+    constexpr long WIDTH = LANES * Kind::STEP;
+    return (dim + WIDTH - 1) / WIDTH * WIDTH;
+}
+
+// Values of the slots, weighed, for GROUP query heads that share them. Outputs are in the order of `Kind::together`.
+template <class Kind, int GROUP, int DIM, class T>
 static void add(
-    float* outputs, const Paged<T>& paged, const T* values, long count, const float (*weights)[LANES],
+    float* outputs, const Paged<T>& paged, const T* values, const T* next, long count, const T (*weights)[LANES],
     const float* rescale) {
-    const long dim = DIM ? DIM : paged.dim;
-    for (long i = 0; i < dim; i += LANES) {
-        floats sums[GROUP];
-        for (int query = 0; query < GROUP; query++) sums[query] = load(outputs + query * dim + i) * rescale[query];
-#pragma GCC unroll 16
-        for (long slot = 0; slot < LANES; slot++) {
-            const floats lanes = load(values + present(slot, count) * paged.slot_stride + i);
-            for (int query = 0; query < GROUP; query++) sums[query] += weights[query][slot] * lanes;
+    constexpr int STEP = Kind::STEP;
+    const long dim = DIM ? DIM : paged.dim, width = padded<Kind>(dim);
+    for (long i = 0; i < width; i += LANES * STEP) {
+        floats sums[GROUP][STEP];
+        for (int query = 0; query < GROUP; query++) {
+            for (int part = 0; part < STEP; part++) {
+                sums[query][part] = load(outputs + query * width + i + part * LANES) * rescale[query];
+            }
         }
-        for (int query = 0; query < GROUP; query++) store(outputs + query * dim + i, sums[query]);
+#pragma GCC unroll 16
+        for (long slot = 0; slot < LANES; slot += STEP) {
+            words rows[STEP];
+            for (int row = 0; row < STEP; row++) {
+                rows[row] = some_words<Kind>(values + present(slot + row, count) * paged.slot_stride, i / STEP, dim);
+                fetch(next + (slot + row) * paged.slot_stride + i, LANES * STEP);
+            }
+            Kind::together(rows);
+            for (int query = 0; query < GROUP; query++) {
+                uint32_t weight;
+                memcpy(&weight, &weights[query][slot], sizeof weight);
+                for (int part = 0; part < STEP; part++) {
+                    sums[query][part] = Kind::multiply(sums[query][part], weight, rows[part]);
+                }
+            }
+        }
+        for (int query = 0; query < GROUP; query++) {
+            for (int part = 0; part < STEP; part++) {
+                store(outputs + query * width + i + part * LANES, sums[query][part]);
+            }
+        }
     }
 }
 
 // `score` and `add` for all query heads of a key head, at most four at a time.
-template <int DIM, class T>
+template <class Kind, int DIM, class T>
 static void score_group(
-    const float* queries, const Paged<T>& paged, const T* keys, long count, float (*scores)[LANES], long group) {
-    for (; group >= 4; group -= 4, queries += 4 * paged.dim, scores += 4) {
-        score<4, DIM>(queries, paged, keys, count, scores);
+    const T* queries, long query_stride, const Paged<T>& paged, const T* keys, const T* next, long count,
+    float (*scores)[LANES], long group) {
+    for (; group >= 4; group -= 4, queries += 4 * query_stride, scores += 4) {
+        score<Kind, 4, DIM>(queries, query_stride, paged, keys, next, count, scores);
     }
-    if (group == 3) score<3, DIM>(queries, paged, keys, count, scores);
-    if (group == 2) score<2, DIM>(queries, paged, keys, count, scores);
-    if (group == 1) score<1, DIM>(queries, paged, keys, count, scores);
+    if (group == 3) score<Kind, 3, DIM>(queries, query_stride, paged, keys, next, count, scores);
+    if (group == 2) score<Kind, 2, DIM>(queries, query_stride, paged, keys, next, count, scores);
+    if (group == 1) score<Kind, 1, DIM>(queries, query_stride, paged, keys, next, count, scores);
 }
 
-template <int DIM, class T>
+template <class Kind, int DIM, class T>
 static void add_group(
-    float* outputs, const Paged<T>& paged, const T* values, long count, const float (*weights)[LANES],
+    float* outputs, const Paged<T>& paged, const T* values, const T* next, long count, const T (*weights)[LANES],
     const float* rescale, long group) {
-    for (; group >= 4; group -= 4, outputs += 4 * paged.dim, weights += 4, rescale += 4) {
-        add<4, DIM>(outputs, paged, values, count, weights, rescale);
+    const long width = padded<Kind>(paged.dim);
+    for (; group >= 4; group -= 4, outputs += 4 * width, weights += 4, rescale += 4) {
+        add<Kind, 4, DIM>(outputs, paged, values, next, count, weights, rescale);
     }
-    if (group == 3) add<3, DIM>(outputs, paged, values, count, weights, rescale);
-    if (group == 2) add<2, DIM>(outputs, paged, values, count, weights, rescale);
-    if (group == 1) add<1, DIM>(outputs, paged, values, count, weights, rescale);
+    if (group == 3) add<Kind, 3, DIM>(outputs, paged, values, next, count, weights, rescale);
+    if (group == 2) add<Kind, 2, DIM>(outputs, paged, values, next, count, weights, rescale);
+    if (group == 1) add<Kind, 1, DIM>(outputs, paged, values, next, count, weights, rescale);
 }
 
 // What one request needs while it is computed.
+template <class T>
 struct Scratch {
-    std::vector<float> scaled, outputs, scores, rescale;
+    std::vector<float> outputs, scores, rescale;
+    std::vector<T> weights;
     std::vector<Running> running;
 };
 
-template <class T>
+template <class Kind, class T>
 static void one_request(
     const Shape& shape, const T* queries, long query_stride, const Paged<T>& keys, const Paged<T>& values,
-    const Request& request, const float* sinks, T* out, long first_head, long last_head, Scratch& scratch) {
+    const Request& request, const float* sinks, T* out, long first_head, long last_head, Scratch<T>& scratch) {
     const long length = request.length, block_size = request.block_size;
     const int32_t* table = request.table;
-    const long group = shape.num_heads / shape.num_kv_heads;
-    scratch.scaled.resize(shape.num_heads * keys.dim);
-    scratch.outputs.assign(shape.num_heads * values.dim, 0.0f);
+    const long group = shape.num_heads / shape.num_kv_heads, width = padded<Kind>(values.dim);
+    scratch.outputs.assign(shape.num_heads * width, 0.0f);
     scratch.scores.resize(shape.num_heads * LANES);
+    scratch.weights.resize(shape.num_heads * LANES);
     scratch.rescale.resize(shape.num_heads);
     scratch.running.resize(shape.num_heads);
-    float *scaled = scratch.scaled.data(), *outputs = scratch.outputs.data();
+    float* outputs = scratch.outputs.data();
     float(*scores)[LANES] = (float(*)[LANES])scratch.scores.data();
+    T(*weights)[LANES] = (T(*)[LANES])scratch.weights.data();
     for (long query = first_head * group; query < last_head * group; query++) {
-        for (long i = 0; i < keys.dim; i += LANES) {
-            store(scaled + query * keys.dim + i, load(queries + query * query_stride + i) * shape.scale);
-        }
         // A sink is a score that has no value.
         scratch.running[query] = sinks ? Running{sinks[query], 1.0f} : Running{-INFINITY, 0.0f};
     }
-    const auto score_all = keys.dim == 64 ? score_group<64, T> : keys.dim == 128 ? score_group<128, T> : score_group<0, T>;
-    const auto add_all = values.dim == 64 ? add_group<64, T> : values.dim == 128 ? add_group<128, T> : add_group<0, T>;
+    const auto score_all = keys.dim == 64    ? score_group<Kind, 64, T>
+                           : keys.dim == 128 ? score_group<Kind, 128, T>
+                                             : score_group<Kind, 0, T>;
+    const auto add_all = values.dim == 64    ? add_group<Kind, 64, T>
+                         : values.dim == 128 ? add_group<Kind, 128, T>
+                                             : add_group<Kind, 0, T>;
     for (long position = shape.window > 0 && length > shape.window ? length - shape.window : 0; position < length;) {
         const long slot = position % block_size, block = table[position / block_size];
         const long to_end = block_size - slot, to_lanes = LANES - slot % LANES;
         const long in_block = to_end < to_lanes ? to_end : to_lanes;
         const long count = in_block < length - position ? in_block : length - position;
         const long next = position + count;
-        const long next_block = next < length ? table[next / block_size] : block;
+        const long next_block = next < length ? table[next / block_size] : block, next_slot = next % block_size;
         // Step by step for all heads, since what a step does for one head does not wait for another's.
         for (long head = first_head; head < last_head; head++) {
-            fetch(keys, next_block, next % block_size, head, shape.num_kv_heads);
             const long query = head * group;
-            score_all(scaled + query * keys.dim, keys, keys.at(block, slot, head), count, scores + query, group);
+            score_all(
+                queries + query * query_stride, query_stride, keys, keys.at(block, slot, head),
+                keys.at(next_block, next_slot, head), count, scores + query, group);
         }
         for (long query = first_head * group; query < last_head * group; query++) {
-            scratch.rescale[query] = weigh(shape, scores[query], count, scratch.running[query]);
+            scratch.rescale[query] = weigh(shape, scores[query], count, weights[query], scratch.running[query]);
         }
         for (long head = first_head; head < last_head; head++) {
-            fetch(values, next_block, next % block_size, head, shape.num_kv_heads);
             const long query = head * group;
             add_all(
-                outputs + query * values.dim, values, values.at(block, slot, head), count, scores + query,
-                scratch.rescale.data() + query, group);
+                outputs + query * width, values, values.at(block, slot, head), values.at(next_block, next_slot, head),
+                count, weights + query, scratch.rescale.data() + query, group);
         }
         position = next;
     }
     for (long query = first_head * group; query < last_head * group; query++) {
         const float total = scratch.running[query].total;
-        for (long i = 0; i < values.dim; i += LANES) {
-            const floats sums = load(outputs + query * values.dim + i);
-            store(out + query * values.dim + i, total > 0 ? sums / total : floats{});
+        for (long i = 0; i < values.dim; i += LANES * Kind::STEP) {
+            floats parts[Kind::STEP];
+            for (int part = 0; part < Kind::STEP; part++) parts[part] = load(outputs + query * width + i + part * LANES);
+            Kind::apart(parts);
+            for (int part = 0; part < Kind::STEP && i + part * LANES < values.dim; part++) {
+                store(out + query * values.dim + i + part * LANES, total > 0 ? parts[part] / total : floats{});
+            }
         }
     }
 }
 
-template <class T>
+template <class Kind, class T>
 static void decode(
     const Shape& shape, const T* queries, long row_stride, long head_stride, const Paged<T>& keys,
     const Paged<T>& values, const int32_t* tables, long table_stride, const int32_t* lengths, long block_size,
@@ -193,13 +247,14 @@ static void decode(
     const long parts = num_rows >= threads ? 1 : shape.num_kv_heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Scratch scratch;
+        Scratch<T> scratch;
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < num_rows * parts; task++) {
             const long row = task / parts, heads = shape.num_kv_heads / parts, first = task % parts * heads;
             const Request request{tables + row * table_stride, lengths[row] - 1, lengths[row], block_size};
-            one_request(
-                shape, queries + row * row_stride, head_stride, keys, values, request, sinks, out + row * shape.num_heads * values.dim, first, first + heads, scratch);
+            one_request<Kind>(
+                shape, queries + row * row_stride, head_stride, keys, values, request, sinks,
+                out + row * shape.num_heads * values.dim, first, first + heads, scratch);
         }
     }
 }
@@ -216,14 +271,14 @@ static void put(
 }
 
 // queries: strides of rows and heads; keys and values: strides of blocks, slots, heads; out [num_rows, num_heads, Dv].
-#define DECODE(NAME, T)                                                                                                \
+#define DECODE(NAME, T, KIND)                                                                                               \
     void pd_decode_##NAME(                                                                                             \
         const T* queries, long row_stride, long query_head_stride, const T* keys, long key_block, long key_slot,        \
         long key_head, long key_dim, const T* values, long value_block, long value_slot, long value_head,               \
         long value_dim, const int32_t* tables, long table_stride, const int32_t* lengths, const float* sinks, T* out,   \
         long num_rows, long num_heads, long num_kv_heads, long block_size, float scale, float softcap, long window,     \
         int threads) {                                                                                                 \
-        decode(                                                                                                        \
+        decode<KIND>(                                                                                                  \
             Shape{num_heads, num_kv_heads, scale, softcap, window}, queries, row_stride, query_head_stride,             \
             Paged<T>{keys, key_block, key_slot, key_head, key_dim},                                                    \
             Paged<T>{values, value_block, value_slot, value_head, value_dim}, tables, table_stride, lengths,            \
@@ -237,6 +292,6 @@ static void put(
     }
 
 extern "C" {
-DECODE(float32, float)
-DECODE(bfloat16, bf16)
+DECODE(float32, float, Float)
+DECODE(bfloat16, bf16, BFloat)
 }

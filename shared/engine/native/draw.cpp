@@ -64,7 +64,43 @@ static inline void visit_all(const float* logits, long size, uint64_t key, const
     }
 }
 
+// What is no number is the lowest there is, and what is infinite has a bound, as `sampler.py` has it.
+static inline floats bounded(floats logits) {
+    const floats bound = splat(1e30f), high = select(logits < bound, logits, bound);
+    return select(logits > -bound, high, -bound);
+}
+
+static inline float highest_of(const float* logits, long size) {
+    floats most[4];
+    for (int i = 0; i < 4; i++) most[i] = splat(-INFINITY);
+    long token = 0;
+    for (; token + 4 * LANES <= size; token += 4 * LANES) {
+        for (int i = 0; i < 4; i++) most[i] = larger(bounded(load(logits + token + i * LANES)), most[i]);
+    }
+    for (; token < size; token++) most[0] = larger(bounded(splat(logits[token])), most[0]);
+    return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+}
+
+constexpr long STRETCH = 1024;  // tokens among which the first of the likeliest is looked for
+
 extern "C" {
+
+// The first of the likeliest tokens of each row of logits [num_rows, size].
+void pd_likeliest(const float* logits, long num_rows, long size, int64_t* tokens) {
+    for (long row = 0; row < num_rows; row++, logits += size) {
+        float highest = -INFINITY;
+        long token = 0;
+        for (long first = 0; first < size; first += STRETCH) {
+            const float of_these = highest_of(logits + first, size - first < STRETCH ? size - first : STRETCH);
+            if (of_these > highest) {
+                highest = of_these;
+                token = first;
+            }
+        }
+        while (bounded(splat(logits[token]))[0] != highest) token++;
+        tokens[row] = token;
+    }
+}
 
 // logits [size], after temperature and truncation; key as `noise.py` makes it of seed and index.
 long pd_draw(const float* logits, long size, uint64_t key) {

@@ -32,6 +32,11 @@ struct Float {
         memcpy(&value, &row, sizeof value);
         return sums + value * (floats)weights;
     }
+    static inline Sums dot(Sums sums, const words& some, const words& others) {
+        return sums + (floats)some * (floats)others;
+    }
+    static inline void together(words (&)[STEP]) {}
+    static inline void apart(floats (&)[STEP]) {}
 };
 
 struct BFloat {
@@ -48,6 +53,30 @@ struct BFloat {
         memcpy(&second, &high, sizeof second);
         return sums + first * (floats)(weights << 16) + second * (floats)(weights & 0xffff0000u);
 #endif
+    }
+    static inline Sums dot(Sums sums, const words& some, const words& others) {
+#ifdef __AVX512BF16__
+        return (Sums)_mm512_dpbf16_ps((__m512)sums, (__m512bh)some, (__m512bh)others);
+#else
+        return sums + (floats)(some << 16) * (floats)(others << 16) +
+               (floats)(some & 0xffff0000u) * (floats)(others & 0xffff0000u);
+#endif
+    }
+    // Two rows of 32 elements, so that one above the other they are a word: 4 columns of every 8 in the first vector, the
+    // others in the second. That is what the processor does in one instruction each.
+    static inline void together(words (&rows)[STEP]) {
+        const shorts low = {0,  32, 1,  33, 2,  34, 3,  35, 8,  40, 9,  41, 10, 42, 11, 43,
+                            16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59};
+        const shorts first = (shorts)rows[0], second = (shorts)rows[1];
+        rows[0] = (words)__builtin_shuffle(first, second, low);
+        rows[1] = (words)__builtin_shuffle(first, second, low + 4);
+    }
+    // Sums of such columns in the order of the columns.
+    static inline void apart(floats (&parts)[STEP]) {
+        const ints first = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
+        const floats low = parts[0], high = parts[1];
+        parts[0] = __builtin_shuffle(low, high, first);
+        parts[1] = __builtin_shuffle(low, high, first + 8);
     }
 };
 

@@ -16,6 +16,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint16_t shorts __attribute__((vector_size(64)));
 
 struct bf16 {
     uint16_t bits;
