@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.catalog import OURS, Engine, environment
+from bench.peers.floor import Floor, floor_of
 from bench.peers.model import kv_bytes_per_token
 from bench.peers.process import ROOT, PeerFailed, Worker, last_line
 from bench.peers.worker import Load, Precision, room
@@ -56,6 +57,7 @@ class Outcome:
     """What came of one precision: facts about each engine by its name, timed runs, and why engines are missing."""
 
     precision: Precision
+    floor: Floor | None = None
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -65,7 +67,9 @@ class Outcome:
 
 def campaign(plan: Plan, engines: Sequence[Engine], precision: Precision) -> Outcome:
     """Load the engines, let them take turns, end them."""
-    outcome = Outcome(precision)
+    _say(f"{precision}: measuring what the machine can do")
+    variables = environment(sys.executable, plan.threads)
+    outcome = Outcome(precision, floor_of(plan.model, precision, plan.threads, variables))
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for engine in engines:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from bench.peers.campaign import Outcome, Point
 from bench.peers.catalog import OURS
+from bench.peers.floor import Floor
 
 Clock = Literal["wall", "cpu"]
 KEYS = {"wall": ("prefill_ms", "decode_tok_s"), "cpu": ("prefill_cpu_ms", "decode_tok_cpu_s")}
@@ -31,8 +32,8 @@ def markdown(outcome: Outcome, clock: Clock) -> str:
     prefill, decode = KEYS[clock]
     parts = [
         f"## {outcome.precision}",
-        _speeds(outcome, prefill, "Prefill: ms to the first token of all", lambda ours, peer: peer / ours),
-        _speeds(outcome, decode, "Decode: tokens per second", lambda ours, peer: ours / peer),
+        _speeds(outcome, prefill, "Prefill: ms to the first token of all", Floor.prefill_ms, _time_ratio),
+        _speeds(outcome, decode, "Decode: tokens per second", Floor.decode_tok_s, _speed_ratio),
         _scaling(outcome, decode),
         _facts(outcome),
         _left_out(outcome),
@@ -46,7 +47,21 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _speeds(outcome: Outcome, key: str, title: str, ratio: Callable[[float, float], float]) -> str:
+def _time_ratio(ours: float, theirs: float) -> float:
+    return theirs / ours
+
+
+def _speed_ratio(ours: float, theirs: float) -> float:
+    return ours / theirs
+
+
+def _speeds(
+    outcome: Outcome,
+    key: str,
+    title: str,
+    floor: Callable[[Floor, int, int], float],
+    ratio: Callable[[float, float], float],
+) -> str:
     found = medians(outcome, key)
     names = list(outcome.engines)
     rows = []
@@ -56,9 +71,14 @@ def _speeds(outcome: Outcome, key: str, title: str, ratio: Callable[[float, floa
             ours, theirs = values.get(OURS.name), values.get(name)
             beside = f" ({ratio(ours, theirs):.2f}x)" if ours and theirs and name != OURS.name else ""
             cells.append(f"{theirs:.0f}{beside}" if theirs else TOO_SLOW)
+        if outcome.floor:
+            bound = floor(outcome.floor, point.num_requests, point.context)
+            cells.append(
+                f"{bound:.0f} ({ratio(values[OURS.name], bound):.0%})" if OURS.name in values else f"{bound:.0f}"
+            )
         rows.append([str(point.num_requests), str(point.context), *cells])
-    text = f"{title}; in brackets, our speed as a multiple of theirs.\n\n"
-    return text + table(["requests", "context", *names], rows)
+    text = f"{title}; in brackets, our speed as a multiple of theirs, and as a part of what the machine can do.\n\n"
+    return text + table(["requests", "context", *names, *(["machine"] if outcome.floor else [])], rows)
 
 
 def _scaling(outcome: Outcome, key: str) -> str:

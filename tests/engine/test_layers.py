@@ -21,7 +21,7 @@ from tests.families.table import FAMILIES
 
 from .models import prompt_of, run, save, sequence_of
 
-ONE_CALL = ["Llama", "Llama 3", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Granite", "SmolLM3"]
+ONE_CALL = ["Llama", "Llama 3", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Granite", "SmolLM3", "Phi-3"]
 ONE_CALL_IN_FP32 = ["OLMo 2"]  # in 16 bits it rotates by cos and sin of 32
 OTHERS = ["Ministral 3", "GPT-2", "Qwen3-MoE"]
 CHUNK = 24

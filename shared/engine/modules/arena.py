@@ -6,7 +6,7 @@ A step reads all weights once, so it is as fast as memory is.
 from torch import nn
 
 from shared.engine.memory import huge_pages
-from shared.engine.modules.linears import Int8Linear, NativeLinear
+from shared.engine.modules.linears import KernelLinear
 
 ALIGNMENT = 4096
 
@@ -16,7 +16,7 @@ def lay_together(model: nn.Module) -> int:
 
     One after another, so that hardly more memory is needed meanwhile.
     """
-    linears = [module for module in model.modules() if isinstance(module, NativeLinear | Int8Linear)]
+    linears = [module for module in model.modules() if isinstance(module, KernelLinear)]
     sizes = [-(-linear.packed.nbytes // ALIGNMENT) * ALIGNMENT for linear in linears]
     if not linears:
         return 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shared.engine.modules.gated import NativeGatedMLP
-from shared.engine.modules.linears import Int8Linear, NativeLinear, PackedLinear
+from shared.engine.modules.linears import KernelLinear, PackedLinear
 
 Rows = Callable[[], torch.Tensor | None]
 """The rows of a step that give a token, int64 [N]; None where all do."""
@@ -66,6 +66,6 @@ def spare_last_layer(model: nn.Module, num_layers: int, rows: Rows) -> int:
 def _out_features(name: str, child: nn.Module) -> int | None:
     if isinstance(child, NativeGatedMLP):
         return child.down_proj.out_features
-    if name == "o_proj" and isinstance(child, NativeLinear | Int8Linear | PackedLinear):
+    if name == "o_proj" and isinstance(child, KernelLinear | PackedLinear):
         return child.out_features
     return None

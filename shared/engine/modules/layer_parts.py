@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from shared.engine.modules.gated import Into, NativeGatedMLP
+from shared.engine.modules.gated import NativeGatedMLP
 from shared.engine.modules.last_layer import ForRows
+from shared.engine.modules.linears import KernelLinear, split
 from shared.engine.modules.norms import NativeRMSNorm
 from shared.kv.layout import LayerLayout
 
@@ -30,13 +31,17 @@ NORMS: tuple[tuple[str | None, ...], ...] = (
 )
 """Where norms may stand, and what they are called there by those whose layers have all of them and no others."""
 LAYER_CODE = frozenset(
-    {"self_attn", "mlp", "residual_multiplier", *(name for norms in NORMS for name in norms if name)}
+    {
+        *("self_attn", "mlp", "residual_multiplier", *(name for norms in NORMS for name in norms if name)),
+        *("resid_attn_dropout", "resid_mlp_dropout"),  # not in inference
+    }
 )
 """What the code of a layer may mention."""
 ATTENTION_CODE = frozenset(
     {
         *PROJECTIONS.values(),
         *HEAD_NORMS.values(),
+        *("qkv_proj", "num_attention_heads", "num_key_value_heads"),
         *("shape", "view", "transpose", "reshape", "contiguous", "head_dim", "layer_idx", "getattr"),
         *("apply_rotary_pos_emb", "use_rope", "is_sliding"),
         *("ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation", "eager_attention_forward"),
@@ -59,7 +64,7 @@ class Parts:
 
     index: int
     head_dim: int
-    linears: dict[str, Into]
+    linears: dict[str, KernelLinear]
     norms: dict[str, NativeRMSNorm]
     mlp: NativeGatedMLP
     residual: float
@@ -80,12 +85,12 @@ def parts_of(layer: nn.Module) -> Parts | None:
         return None
     of_attention = _children(attention)
     head_norms = {ours: of_attention.pop(own) for ours, own in HEAD_NORMS.items() if own in of_attention}
-    if of_attention.keys() != set(PROJECTIONS.values()):
+    linears = _linears(attention, of_attention)
+    if linears is None:
         return None
-    linears = {ours: part for ours, own in PROJECTIONS.items() if isinstance(part := of_attention[own], Into)}
     all_norms = {place: of_layer[own] for place, own in zip(PLACES, places, strict=True) if own} | head_norms
     norms = {name: part for name, part in all_norms.items() if isinstance(part, NativeRMSNorm)}
-    if len(linears) < len(PROJECTIONS) or len(norms) < len(all_norms):
+    if len(norms) < len(all_norms):
         return None
     if not (_mentions_only(layer, LAYER_CODE) and _mentions_only(attention, ATTENTION_CODE)):
         return None
@@ -93,8 +98,27 @@ def parts_of(layer: nn.Module) -> Parts | None:
     return Parts(told.layer_idx, told.head_dim, linears, norms, mlp, getattr(layer, "residual_multiplier", 1.0))
 
 
+def _linears(attention: Any, parts: dict[str, nn.Module]) -> dict[str, KernelLinear] | None:
+    """Its projections, if there is nothing else among its parts; queries, keys and values may be one (Phi-3)."""
+    linears = {name: part for name, part in parts.items() if isinstance(part, KernelLinear)}
+    if linears.keys() == {"qkv_proj", "o_proj"}:
+        num_heads, num_kv_heads = attention.config.num_attention_heads, attention.num_key_value_heads
+        sizes = [number * attention.head_dim for number in (num_heads, num_kv_heads, num_kv_heads)]
+        split_up = split(linears["qkv_proj"], sizes)
+        linears = {} if split_up is None else dict(zip(PROJECTIONS, [*split_up, linears["o_proj"]], strict=True))
+        return linears or None
+    if len(linears) < len(parts) or linears.keys() != set(PROJECTIONS.values()):
+        return None
+    return {ours: linears[own] for ours, own in PROJECTIONS.items()}
+
+
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: child.inner if isinstance(child, ForRows) else child for name, child in module.named_children()}
+    """By their names, without those that do nothing in inference."""
+    return {
+        name: child.inner if isinstance(child, ForRows) else child
+        for name, child in module.named_children()
+        if not isinstance(child, nn.Dropout)
+    }
 
 
 def _mentions_only(module: nn.Module, known: frozenset[str]) -> bool:

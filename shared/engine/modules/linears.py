@@ -6,10 +6,13 @@ results do not depend on its batch. Where it cannot be compiled, torch's private
 that `F.linear` does on every call. Each linear is tried, and whatever fails stays as it was.
 """
 
+import copy
 import logging
+from collections.abc import Sequence
 from functools import cache
 from inspect import getsource
-from typing import Any, Literal, TypeGuard
+from itertools import accumulate
+from typing import Any, Literal, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -40,16 +43,16 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return panels.view(-1, PANEL, num_in // step, step).transpose(1, 2).contiguous()
 
 
-class NativeLinear(nn.Module):
-    """`nn.Linear` by our own kernel, with an activation of what stands in the output already if `gate` says so."""
+class KernelLinear(nn.Module):
+    """`nn.Linear` by a kernel of ours."""
 
-    def __init__(self, plain: nn.Linear, library: Library) -> None:
+    packed: torch.Tensor
+
+    def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.bias = plain.bias
-        self.packed = pack(plain.weight.detach())
-        self._kernel = library.function("linear", plain.weight.dtype)
         self._num_threads = torch.get_num_threads()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -60,15 +63,17 @@ class NativeLinear(nn.Module):
 
     def into(self, output: torch.Tensor, rows: torch.Tensor, gate: int) -> None:
         """Write to `output`; with a gate (`gated.py`) multiply by the activation of what it holds."""
-        rows = rows.contiguous()
-        self._kernel(
-            rows.data_ptr(),
-            rows.numel() // self.in_features,
-            self.packed.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            output.data_ptr(),
-            *(self.in_features, self.out_features, gate, self._num_threads),
-        )
+        raise NotImplementedError
+
+    def part(self, start: int, size: int) -> Self:
+        """Outputs `start` .. `start + size - 1` alone, with the same packed weights; `start` begins a panel."""
+        assert start % PANEL == 0, "a panel stays whole"
+        part = copy.copy(self)
+        bias = None if self.bias is None else nn.Parameter(self.bias[start : start + size], requires_grad=False)
+        part._parameters = {"bias": bias}
+        part.packed = self.packed[start // PANEL : -(-(start + size) // PANEL)]
+        part.out_features = size
+        return part
 
     def struct(self) -> layer.Linear:
         """What `layer.cpp` needs to know of it."""
@@ -80,6 +85,27 @@ class NativeLinear(nn.Module):
         )
 
 
+class NativeLinear(KernelLinear):
+    """With weights of the type of the rows."""
+
+    def __init__(self, plain: nn.Linear, library: Library) -> None:
+        super().__init__(plain)
+        self.packed = pack(plain.weight.detach())
+        self._kernel = library.function("linear", plain.weight.dtype)
+
+    def into(self, output: torch.Tensor, rows: torch.Tensor, gate: int) -> None:
+        """As `KernelLinear.into`."""
+        rows = rows.contiguous()
+        self._kernel(
+            rows.data_ptr(),
+            rows.numel() // self.in_features,
+            self.packed.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            output.data_ptr(),
+            *(self.in_features, self.out_features, gate, self._num_threads),
+        )
+
+
 def quantised_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [N, K] as int8 and a scale for each output [N]: symmetric, by the largest magnitude of a row."""
     weight = weight.detach().float()
@@ -87,14 +113,11 @@ def quantised_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-class Int8Linear(nn.Module):
-    """`nn.Linear` with 8-bit weights, one scale per output feature, and rows quantised as they come (W8A8)."""
+class Int8Linear(KernelLinear):
+    """With 8-bit weights, one scale per output feature, and rows quantised as they come (W8A8)."""
 
     def __init__(self, plain: nn.Linear, library: Library) -> None:
-        super().__init__()
-        self.in_features = plain.in_features
-        self.out_features = plain.out_features
-        self.bias = plain.bias
+        super().__init__(plain)
         quantised, scales = quantised_weights(plain.weight)
         num_padded = -(-self.out_features // PANEL) * PANEL
         self.packed = pack(quantised)
@@ -103,16 +126,9 @@ class Int8Linear(nn.Module):
         self._sums = torch.zeros(num_padded, dtype=torch.int32)
         self._sums[: self.out_features] = 128 * quantised.sum(1, dtype=torch.int32)
         self._kernel = library.function("linear_int8", plain.weight.dtype)
-        self._num_threads = torch.get_num_threads()
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features]."""
-        output = rows.new_empty(*rows.shape[:-1], self.out_features)
-        self.into(output, rows, gate=0)
-        return output
 
     def into(self, output: torch.Tensor, rows: torch.Tensor, gate: int) -> None:
-        """As `NativeLinear.into`."""
+        """As `KernelLinear.into`."""
         rows = rows.contiguous()
         num_rows = rows.numel() // self.in_features
         quantised = torch.empty(num_rows, self.in_features, dtype=torch.uint8)
@@ -127,16 +143,25 @@ class Int8Linear(nn.Module):
             *(quantised.data_ptr(), row_scales.data_ptr(), self._num_threads),
         )
 
+    def part(self, start: int, size: int) -> Self:
+        """As `KernelLinear.part`."""
+        part = super().part(start, size)
+        part._scales, part._sums = self._scales[start:], self._sums[start:]
+        return part
+
     def struct(self) -> layer.Linear:
-        """What `layer.cpp` needs to know of it."""
-        return layer.Linear(
-            packed=self.packed.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-            scales=self._scales.data_ptr(),
-            sums=self._sums.data_ptr(),
-            in_features=self.in_features,
-            out_features=self.out_features,
-        )
+        """As `KernelLinear.struct`."""
+        struct = super().struct()
+        struct.scales, struct.sums = self._scales.data_ptr(), self._sums.data_ptr()
+        return struct
+
+
+def split(linear: KernelLinear, sizes: Sequence[int]) -> list[KernelLinear] | None:
+    """A linear for so many outputs each, one after another; None where a part would begin within a panel."""
+    starts = list(accumulate(sizes, initial=0))
+    if starts.pop() != linear.out_features or any(start % PANEL for start in starts):
+        return None
+    return [linear.part(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 class PackedLinear(nn.Module):
