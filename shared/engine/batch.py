@@ -48,7 +48,7 @@ class Batch:
         blocks, offsets: [T], where the KV of each token goes.
         tables: int32 [B, max_blocks], the blocks of each of the B decodes in order, padded with others of its own.
         lengths: int32 [B], how many tokens each decode sees, itself included.
-        sampled: the sequences that get a token, in the order of `logit_rows` [N].
+        sampled: the sequences that get a token, in the order of `logit_rows` [N]; all decodes are, and come first.
     """
 
     token_ids: torch.Tensor

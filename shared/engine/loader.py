@@ -110,7 +110,7 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
         _check_quantised(model, num_quantised, logits_difference(before, expected))
     attention = _put_in_attention(weights, layout, library)
     replaced = put_in_fast_modules(weights, library, attention.sampled_rows)
-    num_layers = 0 if library is None else replace_layers(weights, attention, layout, library)
+    num_layers = 0 if library is None else replace_layers(weights, attention, layout, longest, library)
     allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
     difference = check_logits(model, weights, attention, layout, expected, allowed)
     logger.info(

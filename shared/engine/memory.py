@@ -14,10 +14,16 @@ HUGE_PAGE = 2 << 20
 def huge_pages(num_bytes: int) -> torch.Tensor:
     """Zeros, uint8 [num_bytes], from a multiple of 2 MiB on; where there are no huge pages, on others.
 
-    Memory that is never written is never touched, huge page by huge page.
+    The first write to a huge page brings in all of it; those that nobody writes to take no memory.
+
+    Raises:
+        MemoryError: there is not so much.
     """
-    # Private, since shared memory has huge pages on few machines.
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        # Private, since shared memory has huge pages on few machines.
+        memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"this machine does not have {num_bytes / 1e9:.1f} GB of memory to give: {error}") from error
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     everything = torch.frombuffer(memory, dtype=torch.uint8)

@@ -15,7 +15,8 @@ from shared.kv.layout import KVLayout
 
 
 class KVPool:
-    """One tensor `data` [num_blocks, block_elements]; memory that is never written is never touched.
+    """One tensor `data` [num_blocks, block_elements]; memory that is never written takes none, but for
+    what lies on the same page.
 
     Behind the blocks stands one more, `trash_block`, which nobody may own: what has to be written somewhere and is of
     no use goes there (`decode_inputs.py`).

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import (
+    ALL_ATTENTION_FUNCTIONS,
+    LlamaAttention,
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from shared.engine import loader
 from shared.engine.engine import Engine
@@ -107,6 +113,27 @@ def test_a_layer_that_does_more_with_the_same_parts_stays(
     loaded = load_model(folder("Llama"), dtype="float32")
     assert not any(whole_layers(loaded))
     assert tokens_of(loaded)
+
+
+def test_what_only_late_positions_show_is_seen(folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with no more names than a layer may mention."""
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, position_embeddings: Any, position_ids: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query = query * (1 + position_ids[0][:, None] // 64)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, None, scaling=self.scaling)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    loaded = load_model(folder("Llama"), dtype="float32")
+    assert not any(whole_layers(loaded))
 
 
 def test_without_native_kernels_there_are_none(folder: Callable[[str], str]) -> None:

@@ -228,5 +228,8 @@ def test_the_native_choice_of_the_likeliest_is_the_samplers(vocab_size: int) -> 
     logits[4, 0] = float("nan")
     logits[5, -1] = 99.0
     logits[6] = logits[6].abs() * -1e30
+    logits[7, -1] = 3e30  # beyond the bound of what is infinite
+    logits[8] = -2e30
+    logits[8, -1] = float("nan")
     expected = sample(logits.clone(), [sequence_with(params(temperature=0.0))] * len(logits))
     assert likeliest(logits, library) == expected

@@ -1,7 +1,8 @@
 """Which decoder layers could be one call (`layers.py`), by what they are made of.
 
-Their parts have to be ours already, and to stand where `layer.cpp` has them. And their code must mention nothing else,
-so that nothing is left out which only some positions would show, and no trial.
+Their parts have to be ours already, of sizes that fit together, and to stand where `layer.cpp` has them. And their code
+must mention nothing else, which a trial of a few tokens may not show; what it does with what it mentions, the trial has
+to show (`layer_trial.py`).
 """
 
 import inspect
@@ -9,6 +10,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from shared.engine.modules.gated import NativeGatedMLP
@@ -75,9 +77,29 @@ class Parts:
         num_kv_heads = self.linears["key"].out_features // self.head_dim
         return LayerLayout(num_kv_heads=num_kv_heads, key_dim=self.head_dim, value_dim=self.head_dim)
 
+    def fit(self, dtype: torch.dtype) -> bool:
+        """Whether all are of this type, and each takes what the one before gives."""
+        query, key, value, output = (self.linears[name] for name in PROJECTIONS)
+        gate, up, down = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
+        width = output.out_features
+        sizes = {name: norm.weight.shape[0] for name, norm in self.norms.items()}
+        head_sizes = {"query_norm": query.out_features, "key_norm": key.out_features}
+        return (
+            all(linear.dtype == dtype for linear in (query, key, value, output, gate, up, down))
+            and all(norm.weight.dtype == dtype for norm in self.norms.values())
+            and all(linear.in_features == width for linear in (query, key, value, gate, up))
+            and (key.out_features, output.in_features) == (value.out_features, query.out_features)
+            and (gate.out_features, down.in_features) == (up.out_features, up.out_features)
+            and down.out_features == width
+            and not any(linear.out_features % self.head_dim for linear in (query, key))
+            and query.out_features % key.out_features == 0
+            and all(sizes.get(place, width) == width for place in PLACES)
+            and all(sizes.get(name, self.head_dim) in (self.head_dim, size) for name, size in head_sizes.items())
+        )
 
-def parts_of(layer: nn.Module) -> Parts | None:
-    """The parts of a layer, if they and its code are those of layers that could be one call."""
+
+def parts_of(layer: nn.Module, dtype: torch.dtype) -> Parts | None:
+    """The parts of a layer, if they and its code are those of layers that could be one call with this type."""
     of_layer = _children(layer)
     attention, mlp = of_layer.pop("self_attn", None), of_layer.pop("mlp", None)
     places = next((names for names in NORMS if set(names) - {None} == of_layer.keys()), None)
@@ -86,16 +108,14 @@ def parts_of(layer: nn.Module) -> Parts | None:
     of_attention = _children(attention)
     head_norms = {ours: of_attention.pop(own) for ours, own in HEAD_NORMS.items() if own in of_attention}
     linears = _linears(attention, of_attention)
-    if linears is None:
-        return None
     all_norms = {place: of_layer[own] for place, own in zip(PLACES, places, strict=True) if own} | head_norms
     norms = {name: part for name, part in all_norms.items() if isinstance(part, NativeRMSNorm)}
-    if len(norms) < len(all_norms):
+    index, head_dim = getattr(attention, "layer_idx", None), getattr(attention, "head_dim", None)
+    if linears is None or len(norms) < len(all_norms) or not (isinstance(index, int) and isinstance(head_dim, int)):
         return None
-    if not (_mentions_only(layer, LAYER_CODE) and _mentions_only(attention, ATTENTION_CODE)):
-        return None
-    told: Any = attention
-    return Parts(told.layer_idx, told.head_dim, linears, norms, mlp, getattr(layer, "residual_multiplier", 1.0))
+    parts = Parts(index, head_dim, linears, norms, mlp, getattr(layer, "residual_multiplier", 1.0))
+    suits = _mentions_only(layer, LAYER_CODE) and _mentions_only(attention, ATTENTION_CODE)
+    return parts if suits and parts.fit(dtype) else None
 
 
 def _linears(attention: Any, parts: dict[str, nn.Module]) -> dict[str, KernelLinear] | None:
@@ -122,6 +142,9 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _mentions_only(module: nn.Module, known: frozenset[str]) -> bool:
-    """Whether the code of a module's forward has no other names of globals and attributes, and no code within."""
-    code = inspect.unwrap(type(module).forward).__code__
-    return set(code.co_names) <= known and not any(isinstance(part, types.CodeType) for part in code.co_consts)
+    """Whether a module's forward has no other names, of globals and attributes or in words, and no code within."""
+    function = inspect.unwrap(type(module).forward)
+    constants = function.__code__.co_consts
+    words = {part for part in constants if isinstance(part, str)} - {function.__doc__}
+    has_code = any(isinstance(part, types.CodeType) for part in constants)
+    return set(function.__code__.co_names) | words <= known and not has_code

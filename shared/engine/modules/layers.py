@@ -16,7 +16,7 @@ from shared.engine.pool import KVPool
 
 
 class Steps:
-    """The step under way as `layer.cpp` reads it, made once for all layers."""
+    """The step under way as `layer.cpp` reads it, made once for all layers. It keeps the batch: the memory is its."""
 
     def __init__(self, attention: PagedAttention) -> None:
         self._attention = attention
@@ -33,6 +33,7 @@ class Steps:
         return pool, addressof(self._step)
 
     def _describe(self, batch: Batch) -> None:
+        assert len(batch.logit_rows) >= batch.num_decodes, "all decodes get a token"
         prefills = batch.spans[batch.num_decodes :]
         self._spans = (native.Span * len(prefills))(
             *(native.Span(span.start, span.stop, span.first, span.sequence.block_table.data_ptr()) for span in prefills)
@@ -69,10 +70,9 @@ class NativeLayer:
         self._parts = parts
         self._steps = steps
         self._kernel = kernel
-        self._sinks = None if asked["sinks"] is None else asked["sinks"].detach().float().contiguous()
+        assert asked["sinks"] is None, "layers that have sinks are not taken"
         mlp = {"gate": parts.mlp.gate_proj, "up": parts.mlp.up_proj, "down": parts.mlp.down_proj}
         self._layer = native.Layer(
-            sinks=None if self._sinks is None else self._sinks.data_ptr(),
             num_heads=parts.linears["query"].out_features // parts.head_dim,
             num_kv_heads=parts.kv.num_kv_heads,
             key_dim=parts.kv.key_dim,

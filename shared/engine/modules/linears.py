@@ -53,6 +53,8 @@ class KernelLinear(nn.Module):
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.bias = plain.bias
+        self.dtype = plain.weight.dtype
+        """Of rows and outputs."""
         self._num_threads = torch.get_num_threads()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,12 @@
 // Attention of one token per request to its KV in the paged pool (PagedAttention, arXiv 2309.06180), with the running
-// softmax of FlashAttention (arXiv 2205.14135). A request is computed in the order of its positions, whatever its batch.
+// softmax of FlashAttention (arXiv 2205.14135). A request is computed in the order of its positions, in any batch.
 #include <vector>
 
+#include "kernels.h"
 #include "paged.h"
 #include "tile.h"
+
+namespace {
 
 // The sums of 16 vectors as one vector: lane i is the sum of vector i.
 static inline floats sums_of(const floats* vectors) {
@@ -36,11 +39,11 @@ static inline floats sums_of(const floats* vectors) {
 static inline long present(long slot, long count) { return slot < count ? slot : 0; }
 
 // The next slots are on their way while those before are computed: blocks are far apart in memory, which the processor
-// does not foresee. Each element is asked for when the one that lies as far in these slots is computed, so that memory is
-// as busy as the processor.
+// does not foresee. Each element is asked for when the one that lies as far in these slots is computed, so that memory
+// is as busy as the processor.
 template <class T>
-static inline void fetch(const T* head, long dim) {
-    for (long i = 0; i < dim; i += 64 / (long)sizeof(T)) __builtin_prefetch(head + i, 0, 2);
+static inline void fetch_some(const T* elements, long count) {
+    for (long i = 0; i < count; i += 64 / (long)sizeof(T)) __builtin_prefetch(elements + i, 0, 2);
 }
 
 // 16 words of a head from `word` on; what lies behind its end is zero.
@@ -56,8 +59,8 @@ static inline words some_words(const typename Kind::Element* head, long word, lo
     return lanes;
 }
 
-// Scores of up to 16 slots, `keys` being the first, for GROUP query heads that share them; `next` will be the first of the
-// next slots. DIM is the size of a head if it is known beforehand, or 0.
+// Scores of up to 16 slots, `keys` being the first, for GROUP query heads that share them; `next` will be the first of
+// the next slots. DIM is the size of a head if it is known beforehand, or 0.
 template <class Kind, int GROUP, int DIM, class T>
 static void score(
     const T* queries, long query_stride, const Paged<T>& paged, const T* keys, const T* next, long count,
@@ -67,12 +70,13 @@ static void score(
 #pragma GCC unroll 16
     for (long slot = 0; slot < LANES; slot++) {
         const T* key = keys + present(slot, count) * paged.slot_stride;
-        fetch(next + slot * paged.slot_stride, dim);
+        fetch_some(next + slot * paged.slot_stride, dim);
         floats sums[GROUP] = {};
         for (long word = 0; word < dim / Kind::STEP; word += LANES) {
             const words lanes = some_words<Kind>(key, word, dim);
             for (int query = 0; query < GROUP; query++) {
-                sums[query] = Kind::dot(sums[query], some_words<Kind>(queries + query * query_stride, word, dim), lanes);
+                const words of_query = some_words<Kind>(queries + query * query_stride, word, dim);
+                sums[query] = Kind::dot(sums[query], of_query, lanes);
             }
         }
         for (int query = 0; query < GROUP; query++) parts[query][slot] = sums[query];
@@ -123,7 +127,7 @@ static void add(
             words rows[STEP];
             for (int row = 0; row < STEP; row++) {
                 rows[row] = some_words<Kind>(values + present(slot + row, count) * paged.slot_stride, i / STEP, dim);
-                fetch(next + (slot + row) * paged.slot_stride + i, LANES * STEP);
+                fetch_some(next + (slot + row) * paged.slot_stride + i, LANES * STEP);
             }
             Kind::together(rows);
             for (int query = 0; query < GROUP; query++) {
@@ -230,7 +234,9 @@ static void one_request(
         const float total = scratch.running[query].total;
         for (long i = 0; i < values.dim; i += LANES * Kind::STEP) {
             floats parts[Kind::STEP];
-            for (int part = 0; part < Kind::STEP; part++) parts[part] = load(outputs + query * width + i + part * LANES);
+            for (int part = 0; part < Kind::STEP; part++) {
+                parts[part] = load(outputs + query * width + i + part * LANES);
+            }
             Kind::apart(parts);
             for (int part = 0; part < Kind::STEP && i + part * LANES < values.dim; part++) {
                 store(out + query * values.dim + i + part * LANES, total > 0 ? parts[part] / total : floats{});
@@ -266,28 +272,32 @@ static void put(
     for (long token = 0; token < num_tokens; token++) {
         T* to = pool + blocks[token] * block_stride + offsets[token] * slot_stride;
         const T* from = heads + token * token_stride;
-        for (long head = 0; head < num_heads; head++) memcpy(to + head * dim, from + head * head_stride, dim * sizeof(T));
+        for (long head = 0; head < num_heads; head++) {
+            memcpy(to + head * dim, from + head * head_stride, dim * sizeof(T));
+        }
     }
 }
 
+}  // namespace
+
 // queries: strides of rows and heads; keys and values: strides of blocks, slots, heads; out [num_rows, num_heads, Dv].
-#define DECODE(NAME, T, KIND)                                                                                               \
+#define DECODE(NAME, T, KIND)                                                                                          \
     void pd_decode_##NAME(                                                                                             \
-        const T* queries, long row_stride, long query_head_stride, const T* keys, long key_block, long key_slot,        \
-        long key_head, long key_dim, const T* values, long value_block, long value_slot, long value_head,               \
-        long value_dim, const int32_t* tables, long table_stride, const int32_t* lengths, const float* sinks, T* out,   \
-        long num_rows, long num_heads, long num_kv_heads, long block_size, float scale, float softcap, long window,     \
+        const T* queries, long row_stride, long query_head_stride, const T* keys, long key_block, long key_slot,       \
+        long key_head, long key_dim, const T* values, long value_block, long value_slot, long value_head,              \
+        long value_dim, const int32_t* tables, long table_stride, const int32_t* lengths, const float* sinks, T* out,  \
+        long num_rows, long num_heads, long num_kv_heads, long block_size, float scale, float softcap, long window,    \
         int threads) {                                                                                                 \
         decode<KIND>(                                                                                                  \
-            Shape{num_heads, num_kv_heads, scale, softcap, window}, queries, row_stride, query_head_stride,             \
+            Shape{num_heads, num_kv_heads, scale, softcap, window}, queries, row_stride, query_head_stride,            \
             Paged<T>{keys, key_block, key_slot, key_head, key_dim},                                                    \
-            Paged<T>{values, value_block, value_slot, value_head, value_dim}, tables, table_stride, lengths,            \
-            block_size, sinks, out, num_rows, threads);                                                                                   \
+            Paged<T>{values, value_block, value_slot, value_head, value_dim}, tables, table_stride, lengths,           \
+            block_size, sinks, out, num_rows, threads);                                                                \
     }                                                                                                                  \
     void pd_put_##NAME(                                                                                                \
         T* pool, long block_stride, long slot_stride, const T* heads, long token_stride, long head_stride,             \
-        const int64_t* blocks, const int64_t* offsets, long num_tokens, long num_heads, long dim) {                     \
-        put(pool, block_stride, slot_stride, heads, token_stride, head_stride, blocks, offsets, num_tokens, num_heads,  \
+        const int64_t* blocks, const int64_t* offsets, long num_tokens, long num_heads, long dim) {                    \
+        put(pool, block_stride, slot_stride, heads, token_stride, head_stride, blocks, offsets, num_tokens, num_heads, \
             dim);                                                                                                      \
     }
 

@@ -2,6 +2,8 @@
 // MARGIN first; those that may be the highest are then computed exactly, so the token is the one that `noise.py` gives.
 #include "vectors.h"
 
+namespace {
+
 constexpr long WIDE = 8;
 typedef uint64_t longs __attribute__((vector_size(64)));
 typedef int64_t slongs __attribute__((vector_size(64)));
@@ -64,10 +66,12 @@ static inline void visit_all(const float* logits, long size, uint64_t key, const
     }
 }
 
-// What is no number is the lowest there is, and what is infinite has a bound, as `sampler.py` has it.
-static inline floats bounded(floats logits) {
-    const floats bound = splat(1e30f), high = select(logits < bound, logits, bound);
-    return select(logits > -bound, high, -bound);
+// What is no number is the lowest, and what is infinite has a bound, as `sampler.py` has it.
+static inline floats numbers(floats logits) {
+    const floats bound = splat(1e30f);
+    logits = select(logits == logits, logits, -bound);
+    logits = select(logits == INFINITY, bound, logits);
+    return select(logits == -INFINITY, -bound, logits);
 }
 
 static inline float highest_of(const float* logits, long size) {
@@ -75,13 +79,15 @@ static inline float highest_of(const float* logits, long size) {
     for (int i = 0; i < 4; i++) most[i] = splat(-INFINITY);
     long token = 0;
     for (; token + 4 * LANES <= size; token += 4 * LANES) {
-        for (int i = 0; i < 4; i++) most[i] = larger(bounded(load(logits + token + i * LANES)), most[i]);
+        for (int i = 0; i < 4; i++) most[i] = larger(numbers(load(logits + token + i * LANES)), most[i]);
     }
-    for (; token < size; token++) most[0] = larger(bounded(splat(logits[token])), most[0]);
+    for (; token < size; token++) most[0] = larger(numbers(splat(logits[token])), most[0]);
     return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
 }
 
 constexpr long STRETCH = 1024;  // tokens among which the first of the likeliest is looked for
+
+}  // namespace
 
 extern "C" {
 
@@ -97,7 +103,7 @@ void pd_likeliest(const float* logits, long num_rows, long size, int64_t* tokens
                 token = first;
             }
         }
-        while (bounded(splat(logits[token]))[0] != highest) token++;
+        while (numbers(splat(logits[token]))[0] != highest) token++;
         tokens[row] = token;
     }
 }

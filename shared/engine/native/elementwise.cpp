@@ -1,6 +1,9 @@
 // What a decoder layer does between its linears, each in one pass. Rounding follows transformers' own sequence of
 // operations, so that bf16 results are the same.
+#include "kernels.h"
 #include "vectors.h"
+
+namespace {
 
 // Weights that multiply the narrowed value (Llama), or 1 + weight in fp32 (Gemma).
 enum Norm { WEIGHT_AFTER, ONE_PLUS_WEIGHT };
@@ -53,6 +56,8 @@ static void rotate_all(
         }
     }
 }
+
+}  // namespace
 
 extern "C" {
 

@@ -1,9 +1,11 @@
-// A whole decoder layer in one call: attention and a gated MLP, each with a norm before, behind, or on both sides, added
-// to what came in. It is made of the other kernels and rounds as they do, so results are theirs to the bit; what it
-// spares is Python's time between them. Structs are those of `layer.py`.
+// A whole decoder layer in one call: attention and a gated MLP, each with a norm before, behind, or on both sides, and
+// added to what came in. It is made of the other kernels and rounds as they do, so results are theirs to the bit; what
+// it spares is Python's time between them. Structs are those of `layer.py`.
 #include <vector>
 
 #include "kernels.h"
+
+namespace {
 
 struct Norm {
     const void* weight;  // null: there is none
@@ -22,7 +24,6 @@ struct Linear {
 struct Layer {
     Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
     Linear query, key, value, output, gate, up, down;
-    const float* sinks;
     long num_heads, num_kv_heads, key_dim, value_dim, window;
     float scale, softcap;
     float residual;  // factor of what is added
@@ -54,7 +55,7 @@ struct Rotation {
     long size;
 };
 
-// Memory that stays from layer to layer and from step to step.
+// Memory that stays from layer to layer and from step to step, as large as the largest step so far has needed.
 template <class T>
 static T* room(std::vector<T>& memory, long count) {
     if ((long)memory.size() < count) memory.resize(count);
@@ -87,13 +88,14 @@ struct Turn {
         }
         Do::linear_int8(
             rows, num_rows, (const int8_t*)by.packed, by.scales, by.sums, (const T*)by.bias, out, by.in_features,
-            by.out_features, gate, room(scratch.quantised, num_rows * by.in_features), room(scratch.row_scales, num_rows),
-            layer.num_threads);
+            by.out_features, gate, room(scratch.quantised, num_rows * by.in_features),
+            room(scratch.row_scales, num_rows), layer.num_threads);
     }
 
     void normalise(const Norm& norm, const T* rows, long num_elements, T* out) {
         Do::rms_norm(
-            rows, (const T*)norm.weight, out, num_elements / norm.size, norm.size, norm.eps, norm.kind, layer.num_threads);
+            rows, (const T*)norm.weight, out, num_elements / norm.size, norm.size, norm.eps, norm.kind,
+            layer.num_threads);
     }
 
     // The rows after a norm, or as they are.
@@ -134,11 +136,11 @@ struct Turn {
                 layer.key_dim, layer.num_threads);
         }
         Do::put(
-            kv.keys, kv.block_stride, key_width(), keys, key_width(), layer.key_dim, step.blocks, step.offsets, num_rows,
-            layer.num_kv_heads, layer.key_dim);
+            kv.keys, kv.block_stride, key_width(), keys, key_width(), layer.key_dim, step.blocks, step.offsets,
+            num_rows, layer.num_kv_heads, layer.key_dim);
         Do::put(
-            kv.values, kv.block_stride, value_width(), values, value_width(), layer.value_dim, step.blocks, step.offsets,
-            num_rows, layer.num_kv_heads, layer.value_dim);
+            kv.values, kv.block_stride, value_width(), values, value_width(), layer.value_dim, step.blocks,
+            step.offsets, num_rows, layer.num_kv_heads, layer.value_dim);
     }
 
     // Queries of all rows, or of `some`.
@@ -162,7 +164,7 @@ struct Turn {
         Do::decode(
             queries, query_width(), layer.key_dim, kv.keys, kv.block_stride, key_width(), layer.key_dim, layer.key_dim,
             kv.values, kv.block_stride, value_width(), layer.value_dim, layer.value_dim, step.tables, step.table_stride,
-            step.lengths, layer.sinks, out, step.num_decodes, layer.num_heads, layer.num_kv_heads, step.block_size,
+            step.lengths, nullptr, out, step.num_decodes, layer.num_heads, layer.num_kv_heads, step.block_size,
             layer.scale, layer.softcap, layer.window, layer.num_threads);
     }
 
@@ -170,7 +172,7 @@ struct Turn {
         Do::prefill(
             queries, query_width(), layer.key_dim, kv.keys, kv.block_stride, key_width(), layer.key_dim, layer.key_dim,
             kv.values, kv.block_stride, value_width(), layer.value_dim, layer.value_dim, table, first, length,
-            layer.sinks, out, layer.num_heads, layer.num_kv_heads, step.block_size, layer.scale, layer.softcap,
+            nullptr, out, layer.num_heads, layer.num_kv_heads, step.block_size, layer.scale, layer.softcap,
             layer.window, layer.num_threads);
     }
 
@@ -222,7 +224,7 @@ struct Turn {
         for (long i = 0; i < count; i++) memcpy(out + i * width, rows + some[i] * width, width * sizeof(T));
     }
 
-    // In the last layer nothing reads the other rows, once their keys and values are in the pool. They stay as they came.
+    // In the last layer nothing reads the other rows once their keys and values are in the pool. They stay as they come.
     void last(const T* hidden, T* out) {
         const long width = layer.output.out_features, count = step.num_sampled;
         const T* rows = normed(layer.before_attention, hidden, step.num_rows);
@@ -235,7 +237,9 @@ struct Turn {
         attend_sampled(queries_of(some_normed, count, step.sampled), attended);
         pick(hidden, step.sampled, count, width, some);
         finish(attended, some, count, some_normed);
-        for (long i = 0; i < count; i++) memcpy(out + step.sampled[i] * width, some_normed + i * width, width * sizeof(T));
+        for (long i = 0; i < count; i++) {
+            memcpy(out + step.sampled[i] * width, some_normed + i * width, width * sizeof(T));
+        }
     }
 };
 
@@ -251,12 +255,15 @@ static void one_layer(
     }
 }
 
-// Keys and values: where the layer's own begin in the pool; cos and sin [num_rows, size]; hidden and out [num_rows, width].
-#define LAYER(NAME, T)                                                                                              \
-    void pd_layer_##NAME(                                                                                           \
-        const Layer* layer, const Step* step, T* keys, T* values, long block_stride, const T* cos, const T* sin,    \
-        long size, const T* hidden, T* out) {                                                                       \
-        one_layer(*layer, *step, KV<T>{keys, values, block_stride}, Rotation<T>{cos, sin, size}, hidden, out);      \
+}  // namespace
+
+// Keys and values: where the layer's own begin in the pool; cos and sin [num_rows, size]; hidden and out
+// [num_rows, width].
+#define LAYER(NAME, T)                                                                                                 \
+    void pd_layer_##NAME(                                                                                              \
+        const Layer* layer, const Step* step, T* keys, T* values, long block_stride, const T* cos, const T* sin,       \
+        long size, const T* hidden, T* out) {                                                                          \
+        one_layer(*layer, *step, KV<T>{keys, values, block_stride}, Rotation<T>{cos, sin, size}, hidden, out);         \
     }
 
 extern "C" {

@@ -22,15 +22,14 @@ class Linear(ctypes.Structure):
 class Layer(ctypes.Structure):
     """A decoder layer.
 
-    Sinks are fp32 [num_heads]; a window or a soft cap of 0 is none; `residual` multiplies what is added to what came
-    in; `activation` is a number of `gated.GATES`.
+    A window or a soft cap of 0 is none; `residual` multiplies what is added to what came in; `activation` is a number
+    of `gated.GATES`.
     """
 
     _fields_ = [
         *((f"{where}_{what}", Norm) for what in ("attention", "mlp") for where in ("before", "after")),
         *((name, Norm) for name in ("query_norm", "key_norm")),
         *((name, Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
-        ("sinks", c_void_p),
         *((name, c_long) for name in ("num_heads", "num_kv_heads", "key_dim", "value_dim", "window")),
         *((name, c_float) for name in ("scale", "softcap", "residual")),
         *((name, c_int) for name in ("activation", "rotates", "is_last", "num_threads")),

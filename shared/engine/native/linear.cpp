@@ -6,7 +6,10 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "matrix_tiles.h"
+
+namespace {
 
 constexpr long TURN_BYTES = 5 << 18;
 
@@ -211,6 +214,8 @@ static void linear_int8(
     const Scaled<Out> end{{bias, out, out_features, gate}, row_scales, weight_scales, weight_sums};
     all_panels<Int8>(quantised, num_rows, packed, in_features, out_features, threads, end);
 }
+
+}  // namespace
 
 // rows [num_rows, in_features]; packed: see `shared/engine/modules/linears.py`; out [num_rows, out_features].
 extern "C" {

@@ -5,8 +5,11 @@
 #include <optional>
 #include <vector>
 
+#include "kernels.h"
 #include "matrix_tiles.h"
 #include "paged.h"
+
+namespace {
 
 constexpr int CHUNK = 64;
 constexpr int PARTS = CHUNK / PANEL;
@@ -237,19 +240,21 @@ static void prefill(
 }
 
 // queries [T, num_heads, Dk] by strides of tokens and heads, at the positions from `first` on; table and length as one row
+}  // namespace
+
 // of pd_decode; out [T, num_heads, Dv].
 #define PREFILL(NAME, KIND)                                                                                            \
     void pd_prefill_##NAME(                                                                                            \
-        const KIND::Element* queries, long token_stride, long query_head_stride, const KIND::Element* keys,             \
-        long key_block, long key_slot, long key_head, long key_dim, const KIND::Element* values, long value_block,      \
-        long value_slot, long value_head, long value_dim, const int32_t* table, long first, long length,                \
-        const float* sinks, KIND::Element* out, long num_heads, long num_kv_heads, long block_size, float scale,        \
+        const KIND::Element* queries, long token_stride, long query_head_stride, const KIND::Element* keys,            \
+        long key_block, long key_slot, long key_head, long key_dim, const KIND::Element* values, long value_block,     \
+        long value_slot, long value_head, long value_dim, const int32_t* table, long first, long length,               \
+        const float* sinks, KIND::Element* out, long num_heads, long num_kv_heads, long block_size, float scale,       \
         float softcap, long window, int threads) {                                                                     \
         prefill<KIND>(                                                                                                 \
-            Shape{num_heads, num_kv_heads, scale, softcap, window}, Request{table, first, length, block_size}, queries, \
+            Shape{num_heads, num_kv_heads, scale, softcap, window}, Request{table, first, length, block_size}, queries,\
             token_stride, query_head_stride,                                                                           \
             Paged<KIND::Element>{keys, key_block, key_slot, key_head, key_dim},                                        \
-            Paged<KIND::Element>{values, value_block, value_slot, value_head, value_dim}, sinks, out, threads);         \
+            Paged<KIND::Element>{values, value_block, value_slot, value_head, value_dim}, sinks, out, threads);        \
     }
 
 extern "C" {

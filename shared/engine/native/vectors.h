@@ -1,6 +1,5 @@
 // Vectors of 16 lanes by the compiler's own extension, so that the same source suits every processor; bf16 as the upper
-// half of a float. Where a compiler or a processor
-// knows better (AVX-512), there is a second way.
+// half of a float. Where a compiler or a processor knows better (AVX-512), there is a second way.
 #pragma once
 
 #include <cmath>
