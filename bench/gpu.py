@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench.running import machine
 from shared.engine.attention import PagedAttention
 from shared.engine.batch import build_batch
-from shared.engine.decode_graphs import DecodeGraphs
+from shared.engine.graphs.decode_graphs import DecodeGraphs
 from shared.engine.kernels import Kernels
 from shared.engine.kernels.gpu import gpu_kernels
 from shared.engine.model import LoadedModel

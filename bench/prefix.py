@@ -19,7 +19,7 @@ from pathlib import Path
 from bench.peers.model import make_model
 from bench.running import machine
 from shared.engine.engine import Engine
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.prefix_cache import Allocation, PrefixCache

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 
 from bench.running import machine
 from shared.engine.batch import build_batch
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
+from shared.engine.loading.weights import DType
 from shared.engine.model import LoadedModel
 from shared.engine.modules.linears import Quantization
 from shared.engine.pool import KVPool
 from shared.engine.scheduler import PrefillChunk, StepPlan
 from shared.engine.sequence import Sequence
-from shared.engine.weights import DType
 from shared.sampling import SamplingParams
 from shared.settings import DEMO_MODEL
 

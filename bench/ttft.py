@@ -18,7 +18,7 @@ import httpx
 
 from bench.running import machine, pdserve_up
 from shared.engine.engine import Engine
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.pool import KVPool
 from shared.engine.sequence import Sequence
 from shared.sampling import SamplingParams

@@ -127,7 +127,8 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 # Each command imports its own modules: `pdserve status` should not wait for what `pdserve up` needs.
 def _run_up(arguments: argparse.Namespace) -> int:
-    from pdserve.up import Wishes, places_of, up
+    from pdserve.up import up
+    from pdserve.wishes import Wishes, places_of
     from shared import settings
     from shared.groups import default_groups
     from shared.groups_file import read_groups

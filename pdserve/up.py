@@ -12,80 +12,31 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import httpx
 
 from pdserve import checks, runfile
-from pdserve.children import Child, Program, last_words, wait_for_exit
+from pdserve.children import Child, Program, last_words
 from pdserve.forked import Forked, fork_server
-from pdserve.provisioning import Wanted
+from pdserve.keeping import Asked, Starter, end, say, watch
 from pdserve.servers import Servers
+from pdserve.wishes import Wishes
 from shared import settings
 from shared.addresses import shown
 from shared.errors import PDServeError, SettingsInvalid
-from shared.groups import DEFAULT, GroupsFile
 from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings
 from shared.text.files import read_object
 
 NATS_PORT = 4222
 READY_POLL_S = 0.05
-WATCH_S = 0.2
 KILL_AFTER_S = 5.0
-QUICK_DEATH_S = 5.0
-MAX_PAUSE_S = 10.0
 
 
 class StartFailed(PDServeError):
     """A service ended before the first request could be served."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What an instance is to begin as."""
-
-    group: str
-    role: str
-    number: int
-
-    @property
-    def name(self) -> str:
-        name = f"{self.role}-{self.number}"
-        return name if self.group == DEFAULT else f"{self.group}-{name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the command line asks for; settings by field name, only those that it gives."""
-
-    places: list[Place]
-    gateway: dict[str, object]
-    instance: dict[str, object]
-    controller: dict[str, object]
-    max_instances: int = 0
-    """How many instances the controller may have in all; 0 is those that there are from the beginning."""
-
-    @property
-    def summary(self) -> str:
-        """How many of what, as "2 prefill and 1 decode"."""
-        counts = Counter(place.role for place in self.places)
-        return " and ".join(f"{number} {role}" for role, number in counts.items())
-
-
-def places_of(groups: GroupsFile, num_spares: int) -> list[Place]:
-    """An instance for each that the groups begin with, and spares."""
-    declared = [
-        Place(spec.name, role, number)
-        for role in ("prefill", "decode")
-        for spec in groups.groups
-        for number in range(spec.prefill if role == "prefill" else spec.decode)
-    ]
-    return declared + [Place(DEFAULT, "spare", number) for number in range(num_spares)]
 
 
 def up(wishes: Wishes, folder: Path) -> int:
@@ -120,29 +71,15 @@ def up(wishes: Wishes, folder: Path) -> int:
             if _wait_until_ready(gateway, children, asked_to_end, started_at):
                 _say_hello(gateway, time.monotonic() - started_at)
                 start_more = Starter(wishes, children, nats_url)
-                _watch(children, servers, asked_to_end, start_more)
+                watch(children, servers, asked_to_end, start_more)
                 start_more.close()
             say("draining (Ctrl-C again to end at once)")
         finally:
-            _end(children, asked_to_end, gateway.drain_timeout_s + KILL_AFTER_S)
+            end(children, asked_to_end, gateway.drain_timeout_s + KILL_AFTER_S)
             servers.stop()
             runfile.remove(folder)
     say("ended")
     return 0
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-class Asked:
-    """How many times we were asked to end."""
-
-    def __init__(self) -> None:
-        self.times = 0
-
-    def __bool__(self) -> bool:
-        return self.times > 0
 
 
 def _listen_for_signals() -> Asked:
@@ -242,88 +179,3 @@ def _say_hello(gateway: GatewaySettings, elapsed_s: float) -> None:
     say(f"ready in {elapsed_s:.1f} s at {address} (OpenAI's API under /v1). Try:\n")
     say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n")
     say(f"or, in this folder: {sys.argv[0]} chat, {sys.argv[0]} status. Ctrl-C ends.")
-
-
-class Starter:
-    """Starts spares that the controller asks for, and ends those that it gives back."""
-
-    def __init__(self, wishes: Wishes, children: list[Child], nats_url: str) -> None:
-        self._children = children
-        self._model_of = next(child for child in children if isinstance(child, Forked))
-        self._max = max(wishes.max_instances, len(wishes.places))
-        self._numbers = count()
-        self._wanted = Wanted(nats_url, self._room)
-
-    def _room(self) -> int:
-        return self._max - sum(isinstance(child, Forked) for child in self._children)
-
-    def _is_wished_away(self, child: Child, processes: list[tuple[str, int]]) -> bool:
-        is_ours = isinstance(child, Forked) and bool(child.settings.get("on_demand"))
-        return is_ours and (settings.hostname(), child.pid) in processes
-
-    def close(self) -> None:
-        self._wanted.close()
-
-    def look(self) -> list[Child]:
-        """Carries out what is wished by now; the children that were started."""
-        started: list[Child] = []
-        while (wish := self._wanted.next()) is not None:
-            for child in [one for one in self._children if self._is_wished_away(one, wish.end)]:
-                self._children.remove(child)
-                child.terminate()
-                say(f"{child.name} is given back")
-            for _ in range(wish.start):
-                name = f"on-demand-{next(self._numbers)}"
-                like = self._model_of
-                settings_ = {**like.settings, "role": "spare", "group": DEFAULT, "on_demand": True}
-                child = Forked(name, settings_, like.log.with_name(f"{name}.log"), like.context)
-                child.start()
-                say(f"{name} is started, as the controller asks")
-                self._children.append(child)
-                started.append(child)
-        return started
-
-
-def _watch(children: list[Child], servers: Servers, asked: Asked, starter: Starter) -> None:
-    """Starts again what dies, at once the first time and with growing pauses if it keeps dying."""
-    started = {child.name: time.monotonic() for child in children}
-    pause_s = dict.fromkeys(started, 0.0)
-    due: dict[str, float] = {}
-    while not asked:
-        now = time.monotonic()
-        for name in servers.restart_dead():
-            say(f"{name} died: started again")
-        for child in starter.look():
-            started[child.name], pause_s[child.name] = now, 0.0
-        for child in children:
-            if child.name in due:
-                if now >= due[child.name]:
-                    del due[child.name]
-                    child.start()
-                    started[child.name] = now
-            elif (code := child.exit_code()) is not None:
-                quick = now - started[child.name] < QUICK_DEATH_S
-                pause_s[child.name] = min(MAX_PAUSE_S, 2 * pause_s[child.name] + 0.5) if quick else 0.0
-                due[child.name] = now + pause_s[child.name]
-                when = f"in {pause_s[child.name]:.1f} s" if pause_s[child.name] else "now"
-                say(f"{child.name} died ({code}) and is started again {when} (log: {child.log})")
-        time.sleep(WATCH_S)
-
-
-def _end(children: list[Child], asked: Asked, patience_s: float) -> None:
-    """Ends children, the gateway first so that it can end what it has with the instances still there."""
-    waves: list[list[Child]] = [
-        [child for child in children if child.name == "gateway"],
-        [child for child in children if isinstance(child, Forked)],
-        [child for child in children if child.name == "controller"],
-    ]
-    for wave in waves:
-        for child in wave:
-            child.terminate()
-        end = time.monotonic() + patience_s
-        while (alive := wait_for_exit(wave, 0.1)) and time.monotonic() < end and asked.times < 2:
-            pass
-        for child in alive:
-            say(f"{child.name} is killed: {'asked twice' if asked.times >= 2 else 'it does not end'}")
-            child.kill()
-        wait_for_exit(wave, 5.0)

@@ -5,7 +5,7 @@ from itertools import count
 from bench.peers.worker import Load, OnStep, serve
 from shared import __version__
 from shared.engine.engine import Engine
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.pool import KVPool
 from shared.engine.sequence import Sequence
 from shared.sampling import SamplingParams

@@ -5,7 +5,6 @@ Deciding is in `policy/`, doing is in `workflows.py`; here one is given to the o
 
 import logging
 import time
-from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 
@@ -23,14 +22,11 @@ from services.controller.policy.ratio import Bounds, History, Move
 from services.controller.policy.scenarios import Instances
 from services.controller.provisioning import Provisioning
 from services.controller.scaling import Scaling
+from services.controller.vacancies import VACANT_S, Vacancies
 from services.controller.workflows import Workflows
 from shared.groups import DEFAULT, Control, GroupsFile, GroupSpec, declared_name
 from shared.registry.records import ROLES, InstanceRecord, Role
 
-VACANT_S = 60.0
-"""For how long the place of a lost instance is kept for the next that comes."""
-NEWCOMER_S = 10.0
-"""How long after it came an instance may turn out to be the successor of one that was lost before."""
 SETTLE_S = 5.0
 """How long a new group waits for instances that wish to be in it, before it takes spares."""
 MIN_GROUP = 2
@@ -65,9 +61,7 @@ class Brain:
     """Ratios are left alone, as during an upgrade."""
     _histories: dict[str, History] = field(default_factory=dict)
     _lacking_since: float | None = None
-    _vacant: deque[tuple[float, Place]] = field(default_factory=deque)
-    _newcomers: deque[tuple[float, Place]] = field(default_factory=deque)
-    """Who came lately without taking a vacant place."""
+    _vacancies: Vacancies = field(default_factory=Vacancies)
     _known_since: dict[str, float] = field(default_factory=dict)
     """Since when (monotonic) there is a group."""
     _odd_names: set[str] = field(default_factory=set)
@@ -175,9 +169,7 @@ class Brain:
             self._begin(candidates[0].id, place, self.workflows.assign(candidates[0].id, place), gift.reason)
 
     async def _follow_membership(self, now: float) -> None:
-        for kept, for_s in ((self._vacant, VACANT_S), (self._newcomers, NEWCOMER_S)):
-            while kept and kept[0][0] < now - for_s:
-                kept.popleft()
+        self._vacancies.forget_old(now)
         coming = self.workflows.coming
         situation = Situation(
             alive=self.cluster.alive,
@@ -187,7 +179,7 @@ class Brain:
             kept_out=self.workflows.kept_out,
             resting=self.workflows.resting(),
             too_new={name for name in self.specs if now - self._known_since.setdefault(name, now) < SETTLE_S},
-            vacant=tuple(place for _, place in self._vacant),
+            vacant=self._vacancies.places,
         )
         await self._provision(membership.num_lacking(situation), now)
         steps = membership.steps(situation)
@@ -196,10 +188,10 @@ class Brain:
             if isinstance(step, Admit):
                 place = membership.place_of(self.cluster.alive[step.instance_id])
                 assert place is not None, "who is admitted plays a role"
-                self._come_back(place)
+                self._vacancies.come_back(place)
                 self._begin(step.instance_id, place, self.workflows.admit(step.instance_id), "it plays that role")
             elif isinstance(step, membership.Assign):
-                self._fill(step.place, now)
+                self._vacancies.fill(step.place, now)
                 self._begin(
                     step.instance_id, step.place, self.workflows.assign(step.instance_id, step.place), step.reason
                 )
@@ -225,31 +217,9 @@ class Brain:
             self.decisions.take(group.name, f"{one.instance_id} leaves", one.reason).end("done")
             # Who has ended in order has taken its record along, and is not to be replaced: somebody wished it.
             if one.instance_id not in self.cluster.alive and one.instance_id in self.cluster.present:
-                self._vacate(Place(group.name, member.role), now)
+                self._vacancies.vacate(Place(group.name, member.role), now)
         if removals:
             await self.maps.remove([one.instance_id for one in removals])
-
-    def _vacate(self, place: Place, now: float) -> None:
-        """An instance was lost. Its successor may have come before that was noticed: then nothing is vacant."""
-        successor = next((one for one in self._newcomers if one[1].group == place.group), None)
-        if successor is not None:
-            self._newcomers.remove(successor)
-        else:
-            self._vacant.append((now, place))
-
-    def _come_back(self, place: Place) -> None:
-        """One that was taken for lost is there again, or another leader's: its place is not vacant."""
-        vacant = next((one for one in self._vacant if one[1] == place), None)
-        if vacant is not None:
-            self._vacant.remove(vacant)
-
-    def _fill(self, place: Place, now: float) -> None:
-        """Somebody joins there: a vacant place is taken, or there is one more than before."""
-        vacant = next((one for one in self._vacant if one[1] == place), None)
-        if vacant is not None:
-            self._vacant.remove(vacant)
-        else:
-            self._newcomers.append((now, place))
 
     def _begin(self, instance_id: str, place: Place, work: Coroutine[None, None, None], why: str) -> None:
         decision = self.decisions.take(place.group, f"{instance_id} joins as {place.role}", why)

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 
 from shared.engine.batch import Batch, build_batch
-from shared.engine.decode_graphs import DecodeGraphs
-from shared.engine.host_sampling import sample_on_host
+from shared.engine.graphs.decode_graphs import DecodeGraphs
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
-from shared.engine.sampler import Choice
+from shared.engine.sampling.host_sampling import sample_on_host
+from shared.engine.sampling.sampler import Choice
 from shared.engine.scheduler import StepPlan, schedule
 from shared.engine.sequence import NewToken, Sequence
 from shared.engine.work import WorkDone

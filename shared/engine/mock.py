@@ -24,7 +24,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from shared.engine.engine import AnyEngine, parts
 from shared.engine.pool import KVPool, host_bytes
-from shared.engine.sampler import GREEDY_BELOW, Choice
+from shared.engine.sampling.sampler import GREEDY_BELOW, Choice
 from shared.engine.scheduler import StepPlan
 from shared.engine.sequence import Sequence as EngineSequence
 from shared.engine.staging import InPlace

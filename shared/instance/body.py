@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.engine.decode_graphs import DecodeGraphs
 from shared.engine.device import find_device
 from shared.engine.engine import AnyEngine, Engine
-from shared.engine.loader import load_model
+from shared.engine.graphs.decode_graphs import DecodeGraphs
+from shared.engine.loading.loader import load_model
 from shared.engine.mock import MockEngine, MockModel, MockStaging, mock_model, mock_num_blocks
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool

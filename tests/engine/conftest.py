@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 
 from .models import CONFIGS, Served, save
 

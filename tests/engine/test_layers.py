@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from shared.engine import loader
 from shared.engine.engine import Engine
-from shared.engine.loader import load_model
+from shared.engine.loading import loader
+from shared.engine.loading.loader import load_model
 from shared.engine.model import LoadedModel
 from shared.engine.modules.layers import NativeLayer
 from shared.engine.native.library import native_library

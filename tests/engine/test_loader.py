@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import BertConfig, BloomConfig, MambaConfig, PreTrainedConfig, ViTConfig
 
-from shared.engine import loader
 from shared.engine.kernels import plain
 from shared.engine.kernels.plain import paged_decode
-from shared.engine.loader import load_model
+from shared.engine.loading import loader
+from shared.engine.loading.loader import load_model
 from shared.engine.native.library import native_library
 from shared.errors import ModelRefused
 from shared.kv.layout import LayerLayout

@@ -8,7 +8,7 @@ import torch
 from shared.engine.engine import Engine
 from shared.engine.kernels import plain
 from shared.engine.kernels.native import NativeKernels
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.native import build
 from shared.engine.native.library import native_library
 from shared.engine.pool import KVPool

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.engine.native.library import native_library
-from shared.engine.noise import gumbel, likeliest_with_noise
+from shared.engine.sampling.noise import gumbel, likeliest_with_noise
 
 
 def test_it_is_standard_gumbel_noise() -> None:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shared.engine.adjust import adjust
-from shared.engine.host_sampling import likeliest
 from shared.engine.native.library import native_library
-from shared.engine.sampler import draw, sample
+from shared.engine.sampling.adjust import adjust
+from shared.engine.sampling.host_sampling import likeliest
+from shared.engine.sampling.sampler import draw, sample
+from shared.engine.sampling.truncate import truncate
 from shared.engine.sequence import Sequence
-from shared.engine.truncate import truncate
 from shared.sampling import SamplingParams
 
 VOCAB = 2200

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shared.engine.sampler import Choice
+from shared.engine.sampling.sampler import Choice
 from shared.engine.scheduler import PrefillChunk, StepPlan
 from shared.engine.sequence import Sequence
 from shared.engine.work import WorkDone

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.sequence import NewToken
 from tests.engine.models import Served, prompt_of
 from tests.families.report import Measured, write_docs

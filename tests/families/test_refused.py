@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.runner import check
 from shared.errors import ContextTooLong, ModelRefused
 from shared.sampling import SamplingParams

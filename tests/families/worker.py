@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 
 from shared.engine.engine import Engine
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.pool import KVPool
 from shared.engine.sequence import NewToken
 from shared.sampling import SamplingParams

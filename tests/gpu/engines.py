@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.decode_graphs import DecodeGraphs
 from shared.engine.engine import Engine
+from shared.engine.graphs.decode_graphs import DecodeGraphs
 from shared.engine.pool import KVPool
 
 

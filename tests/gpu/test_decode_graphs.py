@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from shared.engine.batch import Batch, build_batch
-from shared.engine.decode_graphs import DecodeGraphs
-from shared.engine.decode_inputs import DecodeInputs, buckets
 from shared.engine.engine import Engine
-from shared.engine.host_reads import host_reads
+from shared.engine.graphs.decode_graphs import DecodeGraphs
+from shared.engine.graphs.decode_inputs import DecodeInputs, buckets
+from shared.engine.graphs.host_reads import host_reads
 from shared.engine.kernels import Kernels, plain
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.scheduler import PrefillChunk, StepPlan

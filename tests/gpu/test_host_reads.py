@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from shared.engine.host_reads import host_reads
+from shared.engine.graphs.host_reads import host_reads
 
 NUMBERS = torch.arange(6)
 

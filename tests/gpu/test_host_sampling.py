@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from shared.engine.host_sampling import likeliest, sample_on_host, takes_likeliest
-from shared.engine.sampler import sample
+from shared.engine.sampling.host_sampling import likeliest, sample_on_host, takes_likeliest
+from shared.engine.sampling.sampler import sample
 from shared.engine.sequence import Sequence
 from shared.sampling import SamplingParams
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.engine.kernels.gpu import gpu_kernels
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from shared.engine.pool import KVPool
 from shared.kv.layout import KVLayout, LayerLayout
 from shared.sampling import SamplingParams

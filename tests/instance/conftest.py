@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.engine.loader import load_model
+from shared.engine.loading.loader import load_model
 from tests.engine.models import Served, llama, save
 
 

@@ -8,17 +8,17 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from shared.engine.attention import PagedAttention
-from shared.engine.fingerprint import fingerprint
 from shared.engine.kernels.gpu import gpu_kernels
 from shared.engine.kernels.native import native_kernels
+from shared.engine.loading.fingerprint import fingerprint
+from shared.engine.loading.probe import check_config, context_length, probe_layout
+from shared.engine.loading.selftest import TOLERANCE, check_logits, logits_difference, own_logits
+from shared.engine.loading.weights import DType, check_folder, load_weights
 from shared.engine.model import LoadedModel
 from shared.engine.modules.fast import put_in_fast_modules
 from shared.engine.modules.layer_trial import replace_layers
 from shared.engine.modules.linears import Quantization, quantise_linears
 from shared.engine.native.library import Library, native_library
-from shared.engine.probe import check_config, context_length, probe_layout
-from shared.engine.selftest import TOLERANCE, check_logits, logits_difference, own_logits
-from shared.engine.weights import DType, check_folder, load_weights
 from shared.errors import ModelRefused
 from shared.kv.layout import KVLayout
 

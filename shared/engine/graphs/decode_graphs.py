@@ -9,8 +9,8 @@ import logging
 import torch
 
 from shared.engine.batch import Batch
-from shared.engine.decode_inputs import DecodeInputs
-from shared.engine.host_reads import host_reads
+from shared.engine.graphs.decode_inputs import DecodeInputs
+from shared.engine.graphs.host_reads import host_reads
 from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 

@@ -7,7 +7,7 @@ logits of all come to the host and are sampled there, so that a request gets the
 import torch
 
 from shared.engine.native.library import Library
-from shared.engine.sampler import GREEDY_BELOW, LOWEST, Choice, sample
+from shared.engine.sampling.sampler import GREEDY_BELOW, LOWEST, Choice, sample
 from shared.engine.sequence import Sequence
 
 

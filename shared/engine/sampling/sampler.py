@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shared.engine.adjust import adjust
 from shared.engine.native.library import Library
-from shared.engine.noise import likeliest_with_noise
+from shared.engine.sampling.adjust import adjust
+from shared.engine.sampling.noise import likeliest_with_noise
+from shared.engine.sampling.truncate import truncate
 from shared.engine.sequence import Sequence
-from shared.engine.truncate import truncate
 
 LOWEST = -1e30
 """Stands in for logits that are no number; far below any that is, and far above what arithmetic would make infinite."""

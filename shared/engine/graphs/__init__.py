@@ -1,0 +1,1 @@
+"""Steps of decodes as CUDA graphs, and their static input."""
