@@ -1,4 +1,4 @@
-"""The children of `pdserve up` while it serves: started again when they die, more as they are asked for, and the end."""
+"""The children of `pdserve up` while it serves: started again when they die, more when asked for, and the end."""
 
 import time
 from itertools import count
