@@ -102,9 +102,10 @@ class NativeLayer:
         output = torch.empty_like(hidden_states)
         cos, sin = position_embeddings
         cos, sin = cos.contiguous(), sin.contiguous()
+        keys, values = pool.keys[self._index], pool.values[self._index]
         self._kernel(
             *(addressof(self._layer), step),
-            *(pool.keys[self._index].data_ptr(), pool.values[self._index].data_ptr(), pool.layout.block_elements),
+            *(keys.data_ptr(), values.data_ptr(), keys.stride(0)),
             *(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]),
             *(hidden_states.data_ptr(), output.data_ptr()),
         )
