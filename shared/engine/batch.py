@@ -138,6 +138,8 @@ def _tables(decodes: list[Span], block_size: int) -> torch.Tensor:
         return torch.empty(0, 0, dtype=torch.int32)
     max_blocks = max(-(-span.last // block_size) for span in decodes)
     tables = [span.sequence.block_table[:max_blocks] for span in decodes]
+    if len(tables) == 1:
+        return tables[0][None]
     padded = pad_sequence(tables, batch_first=True, padding_value=-1)
     return torch.where(padded < 0, padded[:, :1], padded)
 
