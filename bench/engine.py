@@ -15,6 +15,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 
 from bench.peers.campaign import Outcome, Plan, Point, campaign
@@ -146,7 +147,10 @@ def _write_files(arguments: argparse.Namespace, words: list[str], outcomes: list
 def _plot(outcomes: list[Outcome], key: str) -> str:
     panels = {}
     for outcome in outcomes:
-        groups = {f"{point.num_requests} x {point.context}": values for point, values in medians(outcome, key).items()}
+        groups = {
+            f"{point.num_requests} x {point.context}": values
+            for point, values in medians(outcome, itemgetter(key)).items()
+        }
         panels[f"{outcome.precision}: decode, tokens per second, by requests x context"] = groups
     return bar_chart(panels)
 

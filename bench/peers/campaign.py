@@ -171,6 +171,7 @@ def _turn(
             continue
         where = {"engine": name, "round": number, "requests": point.num_requests, "context": point.context}
         figures = {key: value for key, value in answer.items() if key not in ("tokens", "rss_mb", "peak_mb")}
+        figures["tokens"] = plan.num_tokens
         outcome.runs.append({**where, "scaling": scaling, **figures})
 
 

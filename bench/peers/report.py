@@ -1,6 +1,7 @@
 """What was measured, as Markdown."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from statistics import median
 from typing import Any, Literal
 
@@ -15,13 +16,17 @@ ALONE = 0.95
 """Of a core that is the worker's alone it has at least this part."""
 
 
-def medians(outcome: Outcome, key: str, *, scaling: bool = False) -> dict[Point, dict[str, float]]:
+Figure = Callable[[dict[str, Any]], float]
+"""What a run says."""
+
+
+def medians(outcome: Outcome, figure: Figure, *, scaling: bool = False) -> dict[Point, dict[str, float]]:
     """The median over rounds, by point and engine."""
     found: dict[Point, dict[str, list[float]]] = {}
     for run in outcome.runs:
         if run["scaling"] == scaling:
             point = Point(run["requests"], run["context"])
-            found.setdefault(point, {}).setdefault(run["engine"], []).append(run[key])
+            found.setdefault(point, {}).setdefault(run["engine"], []).append(figure(run))
     return {
         point: {name: median(values) for name, values in engines.items()} for point, engines in sorted(found.items())
     }
@@ -32,9 +37,10 @@ def markdown(outcome: Outcome, clock: Clock) -> str:
     prefill, decode = KEYS[clock]
     parts = [
         f"## {outcome.precision}",
-        _speeds(outcome, prefill, "Prefill: ms to the first token of all", Floor.prefill_ms, _time_ratio),
-        _speeds(outcome, decode, "Decode: tokens per second", Floor.decode_tok_s, _speed_ratio),
-        _scaling(outcome, decode),
+        _speeds(outcome, itemgetter(prefill), "Prefill: ms to the first token of all", Floor.prefill_ms, _time_ratio),
+        _speeds(outcome, itemgetter(decode), "Decode: tokens per second", Floor.decode_tok_s, _speed_ratio),
+        _whole(outcome, prefill, decode),
+        _scaling(outcome, itemgetter(decode)),
         _facts(outcome),
         _left_out(outcome),
         _warning(outcome),
@@ -57,12 +63,12 @@ def _speed_ratio(ours: float, theirs: float) -> float:
 
 def _speeds(
     outcome: Outcome,
-    key: str,
+    figure: Figure,
     title: str,
     floor: Callable[[Floor, int, int], float],
     ratio: Callable[[float, float], float],
 ) -> str:
-    found = medians(outcome, key)
+    found = medians(outcome, figure)
     names = list(outcome.engines)
     rows = []
     for point, values in found.items():
@@ -81,8 +87,27 @@ def _speeds(
     return text + table(["requests", "context", *names, *(["machine"] if outcome.floor else [])], rows)
 
 
-def _scaling(outcome: Outcome, key: str) -> str:
-    found = medians(outcome, key, scaling=True)
+def _whole(outcome: Outcome, prefill: str, decode: str) -> str:
+    """Prefill and decode together, also for engines whose tokens come in bursts, which tell neither from the other."""
+    num_tokens = {run["tokens"] for run in outcome.runs}
+    if len(num_tokens) != 1:
+        return ""
+    steps = num_tokens.pop() - 1
+
+    def of_run(run: dict[str, Any]) -> float:
+        milliseconds: float = run[prefill] + 1000.0 * run["requests"] * steps / run[decode]
+        return milliseconds
+
+    def of_machine(floor: Floor, num_requests: int, context: int) -> float:
+        decode_s = num_requests * steps / floor.decode_tok_s(num_requests, context)
+        return floor.prefill_ms(num_requests, context) + 1000.0 * decode_s
+
+    title = f"Whole requests: ms until all have {steps + 1} tokens"
+    return _speeds(outcome, of_run, title, of_machine, _time_ratio)
+
+
+def _scaling(outcome: Outcome, figure: Figure) -> str:
+    found = medians(outcome, figure, scaling=True)
     if not found:
         return ""
     values = {point: engines[OURS.name] for point, engines in found.items()}
