@@ -106,12 +106,16 @@ class Instance:
         try:
             async with open_body(self.settings, model_path, loaded, self._on_crash) as body:
                 telling = self._bodies.create_task(body.tell_tokens(self._tell))
-                there.set_result(body)
+                if not there.cancelled():  # who waited for it may have been told to end meanwhile
+                    there.set_result(body)
                 try:
                     await over.wait()
                 finally:
                     telling.cancel()
         except Exception as error:
+            if there.cancelled():
+                log.warning("a model that nobody waits for any more cannot be had: %s", error)
+                return
             if there.done():
                 raise
             there.set_exception(error)

@@ -30,7 +30,7 @@ from shared.bus.messages import (
 from shared.engine.mock import MockModel
 from shared.errors import ModelRefused
 from shared.instance import body, process
-from shared.instance.body import Loaded
+from shared.instance.body import Body, Loaded
 from shared.instance.process import Instance
 from shared.process import Lifetime
 from shared.registry.records import InstanceRecord
@@ -485,6 +485,36 @@ async def test_the_process_may_end_while_a_model_takes_the_place_of_another(
         for _ in range(num_turns):
             await asyncio.sleep(0)
         await one.end("a")
+
+
+@pytest.mark.parametrize("fault", [None, ModelRefused("it does not fit")], ids=["it comes", "it does not come"])
+async def test_the_process_may_end_before_a_model_is_there(
+    tmp_path: Path, fault: ModelRefused | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gave the order waits no more when it comes, or does not come."""
+    asked, may_come = asyncio.Event(), asyncio.Event()
+    open_body = process.open_body
+
+    @asynccontextmanager
+    async def opens(settings: InstanceSettings, model_path: str, *rest: Any) -> AsyncIterator[Body]:
+        if model_path.endswith("other"):
+            asked.set()
+            await may_come.wait()
+            if fault is not None:
+                raise fault
+        async with open_body(settings, model_path, *rest) as body:
+            yield body
+
+    monkeypatch.setattr(process, "open_body", opens)
+    async with cluster(tmp_path, "a") as one, asyncio.TaskGroup() as tasks:
+        await one.becomes("a", "prefill")
+        assert (await one.order("a", "decode", model=str(model(tmp_path, "other")))).accepted
+        await asked.wait()
+        following = one.instances["a"].assignment._following
+        assert following is not None
+        tasks.create_task(one.end("a"))
+        await eventually(following.done)
+        may_come.set()
 
 
 @pytest.mark.parametrize("is_changed", [False, True])
