@@ -163,3 +163,24 @@ def test_a_rope_that_changes_ends_the_context(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64, **factors}
     loaded = load_model(save(llama(rope_parameters=rope), tmp_path), dtype="float32")
     assert loaded.max_position_embeddings == 64
+
+
+@pytest.mark.skipif(native_library() is None, reason="there is no C++ compiler here")
+def test_a_model_none_of_whose_linears_can_have_8_bits_says_what_they_would_need(tmp_path: Path) -> None:
+    odd = llama(hidden_size=90, intermediate_size=101, num_attention_heads=3, num_key_value_heads=3, head_dim=30)
+    with pytest.raises(ModelRefused, match="features are a multiple of 16; set PDSERVE_QUANTIZATION=none"):
+        load_model(save(odd, tmp_path), dtype="float32", quantization="int8")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_log_says_how_much_memory_weights_take(
+    folders: dict[str, str], caplog: pytest.LogCaptureFixture, quantization: Any
+) -> None:
+    if native_library() is None:
+        pytest.skip("there is no C++ compiler here")
+    with caplog.at_level(logging.INFO):
+        loaded = load_model(folders["demo"], dtype="float32", quantization=quantization)
+    said = float(caplog.text.split(" MB of weights")[0].rsplit(" ", 1)[1])
+    packed = loaded.weight_bytes / (1 if quantization == "none" else 4)
+    embedding = 4 * loaded.vocab_size * loaded.model.config.hidden_size
+    assert packed <= said * 1e6 <= 1.2 * packed + embedding

@@ -17,7 +17,13 @@ from shared.engine.loading.weights import DType, check_folder, load_weights
 from shared.engine.model import LoadedModel
 from shared.engine.modules.fast import put_in_fast_modules
 from shared.engine.modules.layer_trial import replace_layers
-from shared.engine.modules.linears import Quantization, quantise_linears
+from shared.engine.modules.linears import (
+    INT8_FEATURES,
+    KernelLinear,
+    PackedLinear,
+    Quantization,
+    quantise_linears,
+)
 from shared.engine.native.library import Library, native_library
 from shared.errors import ModelRefused
 from shared.kv.layout import KVLayout
@@ -114,11 +120,10 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
     allowed = TOLERANCE["int8" if choices.quantization == "int8" else choices.dtype]
     difference = check_logits(model, weights, attention, layout, expected, allowed)
     logger.info(
-        "model %s: ready after %.1f s, %.1fM parameters, %.0f MB in the files' layout, faster modules: %s, "
-        "layers that are one call: %d, "
-        "logits within %.1g of its own, fingerprint %s",
-        *(model, time.monotonic() - started, num_parameters / 1e6, weight_bytes / 1e6, replaced, num_layers),
-        *(difference, name_of_weights),
+        "model %s: ready after %.1f s, %.1fM parameters, %.0f MB of weights, faster modules: %s, "
+        "layers that are one call: %d, logits within %.1g of its own, fingerprint %s",
+        *(model, time.monotonic() - started, num_parameters / 1e6, _bytes_in_memory(weights) / 1e6, replaced),
+        *(num_layers, difference, name_of_weights),
     )
     return LoadedModel(
         name=model,
@@ -134,6 +139,12 @@ def _load(model: str, is_folder: bool, choices: Choices) -> LoadedModel:
     )
 
 
+def _bytes_in_memory(model: torch.nn.Module) -> int:
+    """Of weights, as they are computed with."""
+    packed = [part.packed for part in model.modules() if isinstance(part, KernelLinear | PackedLinear)]
+    return sum(weights.numel() * weights.element_size() for weights in (*model.parameters(), *packed))
+
+
 def _quantise(model: str, weights: PreTrainedModel, library: Library | None) -> int:
     if library is None:
         raise ModelRefused(
@@ -147,10 +158,15 @@ def _check_quantised(model: str, num_quantised: int, difference: float) -> None:
     logger.info(
         "model %s: %d linears have 8-bit weights, logits within %.2g of those without", model, num_quantised, difference
     )
-    if num_quantised == 0 or not difference <= MAX_INT8_DIFFERENCE:
+    if num_quantised == 0:
         raise ModelRefused(
-            f"model {model!r} cannot have 8-bit weights: {num_quantised} of its linears can, and its logits change by "
-            f"{difference:.2g} of their spread; set PDSERVE_QUANTIZATION=none"
+            f"model {model!r} cannot have 8-bit weights: none of its linears is one that the kernel takes, whose input "
+            f"features are a multiple of {INT8_FEATURES}; set PDSERVE_QUANTIZATION=none"
+        )
+    if not difference <= MAX_INT8_DIFFERENCE:
+        raise ModelRefused(
+            f"model {model!r} cannot have 8-bit weights: its logits change by {difference:.2g} of their spread, and "
+            f"{MAX_INT8_DIFFERENCE} is allowed; set PDSERVE_QUANTIZATION=none"
         )
 
 

@@ -28,6 +28,8 @@ ROUTERS = ("gate", "router")
 """How the names of linears end that choose experts: they are small, and a choice is not a matter of degree."""
 PANEL = 32
 """Output features that lie together in weights packed for our kernel."""
+INT8_FEATURES = 16
+"""Input features of a linear with 8-bit weights are a multiple of this."""
 STEP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 """Input features of an output feature that lie side by side: what fills 32 bits."""
 
@@ -174,11 +176,11 @@ class PackedLinear(nn.Module):
         self.in_features = plain.in_features
         self.out_features = plain.out_features
         self.bias = plain.bias
-        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), None)
+        self.packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach(), None)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
         return result
 
 
@@ -209,7 +211,7 @@ def quantise_linears(model: nn.Module, library: Library) -> int:
     num_quantised = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if _is_plain(child, parent, name) and not name.endswith(ROUTERS) and _suits(child, PANEL // 2):
+            if _is_plain(child, parent, name) and not name.endswith(ROUTERS) and _suits(child, INT8_FEATURES):
                 int8 = Int8Linear(child, library)
                 if _is_quantised_right(int8, child):
                     setattr(parent, name, int8)
