@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from shared.engine.blocks import runs
-from shared.engine.memory import huge_pages
 from shared.kv.layout import KVLayout
 
 
 class KVPool:
-    """One tensor `data` [num_blocks, block_elements]; memory that is never written takes none, but for
-    what lies on the same page.
+    """One tensor `data` [num_blocks, block_elements]; memory that is never written is never touched.
 
     Behind the blocks stands one more, `trash_block`, which nobody may own: what has to be written somewhere and is of
     no use goes there (`decode_inputs.py`).
@@ -33,11 +31,9 @@ class KVPool:
         self.device = torch.device(device)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         self.trash_block = num_blocks
-        shape = (num_blocks + 1, layout.block_elements)
-        if self.device.type == "cpu":
-            everything = huge_pages((num_blocks + 1) * layout.block_bytes).view(dtype).view(shape)
-        else:
-            everything = torch.empty(shape, dtype=dtype, device=self.device)
+        # Not on huge pages, from which decode reads long contexts a tenth faster: who is the first to write to one waits
+        # until all of it is cleared, which added 10 ms to the first token of 1,024.
+        everything = torch.empty(num_blocks + 1, layout.block_elements, dtype=dtype, device=self.device)
         self.data = everything[:num_blocks]
         self.keys: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dk], views of the same memory
         self.values: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dv]
