@@ -31,8 +31,8 @@ class KVPool:
         self.device = torch.device(device)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         self.trash_block = num_blocks
-        # Not on huge pages: decode gains nothing that could be measured, and who is the first to write to one waits until
-        # all of it is cleared, which added 10 ms to the first token of 1,024.
+        # Not on huge pages: decode gains nothing that could be measured, and who is the first to write to one waits
+        # until all of it is cleared, which added 10 ms to the first token of 1,024.
         everything = torch.empty(num_blocks + 1, layout.block_elements, dtype=dtype, device=self.device)
         self.data = everything[:num_blocks]
         self.keys: list[torch.Tensor] = []  # per layer [num_blocks + 1, block_size, H, Dk], views of the same memory
