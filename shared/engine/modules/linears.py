@@ -8,6 +8,7 @@ that `F.linear` does on every call. Each linear is tried, and whatever fails sta
 
 import copy
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from inspect import getsource
@@ -45,7 +46,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return panels.view(-1, PANEL, num_in // step, step).transpose(1, 2).contiguous()
 
 
-class KernelLinear(nn.Module):
+class KernelLinear(nn.Module, ABC):
     """`nn.Linear` by a kernel of ours."""
 
     packed: torch.Tensor
@@ -65,9 +66,9 @@ class KernelLinear(nn.Module):
         self.into(output, rows, gate=0)
         return output
 
+    @abstractmethod
     def into(self, output: torch.Tensor, rows: torch.Tensor, gate: int) -> None:
         """Write to `output`; with a gate (`gated.py`) multiply by the activation of what it holds."""
-        raise NotImplementedError
 
     def part(self, start: int, size: int) -> Self:
         """Outputs `start` .. `start + size - 1` alone, with the same packed weights; `start` begins a panel."""
