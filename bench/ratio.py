@@ -26,8 +26,8 @@ from bench.load import Item, LoadClient, load_client, read_trace, throughput
 from bench.running import machine, pdserve_up
 from pdserve.admin import ask_admin
 from pdserve.status import ask
-from shared.bus.control import AdminRequest
-from shared.registry.records import Role
+from shared.messages.control import AdminRequest
+from shared.messages.records import Role
 
 _seeds = itertools.count()
 """No prompt comes twice, or the prefix cache would make whatever is measured later faster."""

@@ -19,8 +19,8 @@ from bench.load import Item, LoadClient, load_client
 from bench.running import START_TIMEOUT_S, machine, pdserve_up
 from pdserve.admin import ask_admin
 from pdserve.status import ask
-from shared.bus.control import AdminRequest
-from shared.registry.records import Role
+from shared.messages.control import AdminRequest
+from shared.messages.records import Role
 
 
 def main() -> None:

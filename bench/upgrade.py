@@ -25,8 +25,8 @@ from bench.running import Running, machine, pdserve_up
 from pdserve import runfile
 from pdserve.admin import ask_admin
 from pdserve.status import ask
-from shared.bus.control import AdminRequest
 from shared.errors import BusUnavailable
+from shared.messages.control import AdminRequest
 from shared.settings import DEMO_MODEL, environment_of
 
 

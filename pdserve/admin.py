@@ -10,9 +10,9 @@ from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
-from shared.bus.control import AdminAnswer, AdminRequest, Status
-from shared.bus.messages import Message
 from shared.errors import BusUnavailable, PDServeError, PeerUnavailable
+from shared.messages.control import AdminAnswer, AdminRequest, Status
+from shared.messages.serving import Message
 
 CONNECT_TIMEOUT_S = 3.0
 LOOK_EVERY_S, LOOK_AGAIN_S = 2.0, 0.2

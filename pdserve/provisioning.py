@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from shared.bus import connection, subjects
 from shared.bus.connection import Incoming
-from shared.bus.control import Provision, Provisioned
 from shared.errors import PDServeError, RequestError
+from shared.messages.control import Provision, Provisioned
 
 CONNECT_TIMEOUT_S = 10.0
 CLOSE_POLL_S = 0.1

@@ -9,9 +9,9 @@ from pdserve import runfile
 from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
-from shared.bus.control import GroupStatus, InstanceStatus, Status
-from shared.bus.messages import Message
 from shared.errors import BusUnavailable, PeerUnavailable
+from shared.messages.control import GroupStatus, InstanceStatus, Status
+from shared.messages.serving import Message
 
 TIMEOUT_S = 3.0
 NUM_DECISIONS = 8

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 
 from shared import settings as settings_module
 from shared.bus import connection, subjects
-from shared.bus.control import Status
-from shared.bus.messages import Message
 from shared.errors import PDServeError, PeerUnavailable
+from shared.messages.control import Status
+from shared.messages.serving import Message
 from shared.registry import registry
 from shared.settings import Settings, hostname
 

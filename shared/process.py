@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from shared import settings as settings_module
 from shared.errors import PDServeError, RegistryUnavailable
-from shared.registry.records import Record
+from shared.messages.records import Record
 from shared.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

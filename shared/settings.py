@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import SettingsInvalid
-from shared.registry.records import EngineKind
+from shared.messages.records import EngineKind
 
 PREFIX = "PDSERVE_"
 DEMO_MODEL = str(Path(__file__).resolve().parents[1] / "models" / "demo")

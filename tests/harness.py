@@ -12,8 +12,8 @@ from pdserve.children import Child, Program, last_words, wait_for_exit
 from pdserve.forked import Forked, fork_server
 from pdserve.servers import Servers
 from pdserve.status import ask
-from shared.bus.control import InstanceStatus, Status
 from shared.errors import BusUnavailable
+from shared.messages.control import InstanceStatus, Status
 from shared.settings import DEMO_MODEL, tame_threads
 
 TIMEOUT_S = 60.0

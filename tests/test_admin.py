@@ -10,8 +10,8 @@ from pdserve.admin import ask_admin
 from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Incoming
-from shared.bus.control import AdminAnswer, AdminRequest, Status
 from shared.errors import BusUnavailable
+from shared.messages.control import AdminAnswer, AdminRequest, Status
 
 REQUEST = AdminRequest(control="off")
 

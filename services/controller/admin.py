@@ -12,9 +12,9 @@ from services.controller.policy.upgrade import ImpossibleUpgrade
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import WorkflowFailed
 from shared.bus.connection import Incoming
-from shared.bus.control import AdminAnswer, AdminRequest
 from shared.errors import PDServeError, RequestError
-from shared.registry.records import GroupMap, InstanceRecord
+from shared.messages.control import AdminAnswer, AdminRequest
+from shared.messages.records import GroupMap, InstanceRecord
 
 log = logging.getLogger(__name__)
 

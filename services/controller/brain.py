@@ -25,7 +25,7 @@ from services.controller.scaling import Scaling
 from services.controller.vacancies import VACANT_S, Vacancies
 from services.controller.workflows import Workflows
 from shared.groups import DEFAULT, Control, GroupsFile, GroupSpec, declared_name
-from shared.registry.records import ROLES, InstanceRecord, Role
+from shared.messages.records import ROLES, InstanceRecord, Role
 
 SETTLE_S = 5.0
 """How long a new group waits for instances that wish to be in it, before it takes spares."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Answer, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
 from shared.errors import PDServeError, PeerUnavailable, RequestError
-from shared.registry.records import InstanceRecord
+from shared.messages.records import InstanceRecord
+from shared.messages.serving import Answer, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 

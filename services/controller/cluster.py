@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.errors import RegistryUnavailable
-from shared.registry.records import GatewayRecord, GroupMap, InstanceRecord
+from shared.messages.records import GatewayRecord, GroupMap, InstanceRecord
 from shared.registry.registry import Registry
 from shared.registry.view import View
 

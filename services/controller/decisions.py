@@ -4,7 +4,7 @@ import logging
 import time
 from collections import deque
 
-from shared.bus.control import DecisionStatus
+from shared.messages.control import DecisionStatus
 
 KEPT = 50
 

@@ -8,7 +8,7 @@ from services.controller.policy import scenarios
 from services.controller.policy.observe import Samples
 from services.controller.policy.scenarios import Decision, Instances, LabelLoad, State
 from shared.groups import declared_name
-from shared.registry.records import LabelTraffic
+from shared.messages.records import LabelTraffic
 
 WINDOW_S = 10.0
 EVERY_S = 1.0

@@ -10,7 +10,7 @@ from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.errors import PDServeError
 from shared.groups import GroupSpec
-from shared.registry.records import GroupMap, InstanceRecord, Member
+from shared.messages.records import GroupMap, InstanceRecord, Member
 from shared.registry.registry import Lead, Registry
 
 log = logging.getLogger(__name__)

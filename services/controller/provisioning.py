@@ -10,9 +10,9 @@ from typing import Protocol
 
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.control import Provision, Provisioned
 from shared.errors import PeerUnavailable
-from shared.registry.records import InstanceRecord
+from shared.messages.control import Provision, Provisioned
+from shared.messages.records import InstanceRecord
 
 ASK_EVERY_S = 5.0
 """Instances take seconds to start: what was asked for is waited for."""

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from services.controller.brain import Brain
 from services.controller.cluster import Cluster
 from shared import __version__
-from shared.bus.control import GroupStatus, InstanceStatus, Status
-from shared.registry.records import GroupMap
+from shared.messages.control import GroupStatus, InstanceStatus, Status
+from shared.messages.records import GroupMap
 from shared.registry.view import View
 
 

@@ -14,9 +14,9 @@ from services.controller.maps import Maps
 from services.controller.policy.membership import Place, place_of
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.control import Assign, Assigned
 from shared.errors import PDServeError, PeerUnavailable, RequestError
-from shared.registry.records import InstanceRecord, Role
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import InstanceRecord, Role
 from shared.settings import ControllerSettings
 
 ANSWER_TIMEOUT_S = 2.0

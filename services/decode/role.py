@@ -12,7 +12,6 @@ from dataclasses import replace
 from opentelemetry import trace
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, DecodeRequest, KVLease, Moved, OutputToken
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import InstanceFailed, TransferFailed
 from shared.instance.outbox import output_token
@@ -20,6 +19,7 @@ from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
 from shared.instance.role import Role
 from shared.kv.fetcher import KVFetcher
+from shared.messages.serving import Answer, DecodeRequest, KVLease, Moved, OutputToken
 from shared.telemetry import tracing
 
 

@@ -8,9 +8,9 @@ from typing import Protocol
 from opentelemetry.trace import Tracer
 
 from services.gateway.metrics import GatewayMetrics
-from shared.bus.api import Priority
-from shared.bus.messages import OutputToken
 from shared.errors import ModelNotFound
+from shared.messages.generate_api import Priority
+from shared.messages.serving import OutputToken
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer

@@ -22,9 +22,9 @@ from services.gateway.line import Line, NobodyHere, TooLate, Wish
 from services.gateway.streams import AttemptFailed, Stream, Streams
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Cancel, DecodeRequest, KVLease, Moved, OutputToken, PrefillRequest
 from shared.errors import RETRY_AFTER_S, DeadlineExceeded, Overloaded
-from shared.registry.records import InstanceRecord
+from shared.messages.records import InstanceRecord
+from shared.messages.serving import Cancel, DecodeRequest, KVLease, Moved, OutputToken, PrefillRequest
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing

@@ -5,8 +5,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from services.gateway.api import FirstToken
-from shared.bus.messages import OutputToken, TokenLogprobs
 from shared.errors import InstanceFailed
+from shared.messages.serving import OutputToken, TokenLogprobs
 from shared.sampling import FinishReason
 from shared.text.detokenizer import Detokenizer
 from shared.text.stop_strings import StopStrings

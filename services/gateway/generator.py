@@ -18,10 +18,10 @@ from services.gateway.generation import Generation
 from services.gateway.groups import Group
 from services.gateway.scenarios import Scenarios
 from services.gateway.streams import AttemptFailed, Streams
-from shared.bus.api import Priority
 from shared.bus.connection import Bus
-from shared.bus.messages import OutputToken
 from shared.errors import InstanceFailed, NoInstance, Overloaded
+from shared.messages.generate_api import Priority
+from shared.messages.serving import OutputToken
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 

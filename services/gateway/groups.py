@@ -16,7 +16,7 @@ from services.gateway.scenarios import Scenarios
 from services.gateway.traffic import Counts
 from shared.bus.connection import Bus, Incoming
 from shared.errors import RegistryUnavailable, RequestError
-from shared.registry.records import ROLES, GroupMap, InstanceRecord, Role, Traffic
+from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role, Traffic
 from shared.registry.registry import Registry
 from shared.registry.view import View
 from shared.settings import GatewaySettings

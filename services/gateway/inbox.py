@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from shared.bus.api import ApiMessage
 from shared.bus.connection import Bus
+from shared.messages.generate_api import ApiMessage
 
 CLIENT_RETURNS_S = 10.0
 """How long after the bus was away a client may take to listen again."""

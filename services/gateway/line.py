@@ -21,9 +21,9 @@ from services.gateway import policy
 from services.gateway.turn import Rank, Turn
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Answer, Cancel, DecodeRequest, PrefillRequest, RefusalReason
 from shared.errors import RETRY_AFTER_S, InstanceFailed, NoInstance, Overloaded, PDServeError, PeerUnavailable
-from shared.registry.records import InstanceRecord, Role
+from shared.messages.records import InstanceRecord, Role
+from shared.messages.serving import Answer, Cancel, DecodeRequest, PrefillRequest, RefusalReason
 from shared.settings import GatewaySettings
 
 ASK_AGAIN_S = 0.02

@@ -19,9 +19,16 @@ from services.gateway.inbox import Inbox
 from services.gateway.metrics import ChoiceTimer
 from services.gateway.sampling import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
 from shared.bus import subjects
-from shared.bus.api import CancelGenerate, GenerateChunk, GenerateDone, GenerateFailed, GenerateRequest, GenerateUsage
 from shared.bus.connection import Bus, Incoming
 from shared.errors import Cancelled, InternalError, InvalidRequest, RequestError, gateway_is_ending
+from shared.messages.generate_api import (
+    CancelGenerate,
+    GenerateChunk,
+    GenerateDone,
+    GenerateFailed,
+    GenerateRequest,
+    GenerateUsage,
+)
 from shared.sampling import FinishReason, SamplingParams
 from shared.telemetry import tracing
 

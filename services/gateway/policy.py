@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from shared.registry.records import InstanceRecord
+from shared.messages.records import InstanceRecord
 
 PREFIX_WEIGHT = 2.0
 """By how many open streams an instance that has the whole prompt may be ahead and still be asked first."""

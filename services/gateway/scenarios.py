@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from services.gateway.classify import Classifier
-from shared.registry.records import LabelTraffic
+from shared.messages.records import LabelTraffic
 
 MAX_LABELS = 64
 """How many are counted; the one that was met longest ago is forgotten first."""

@@ -21,13 +21,13 @@ from services.gateway.streams import Streams
 from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
-from shared.bus.api import Priority
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Free, OutputToken
 from shared.errors import RequestError, SettingsInvalid
+from shared.messages.generate_api import Priority
+from shared.messages.records import GatewayRecord
+from shared.messages.serving import Free, OutputToken
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
-from shared.registry.records import GatewayRecord
 from shared.registry.registry import Registry
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings, hostname

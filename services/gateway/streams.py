@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Cancel, Failed, Moved, OutputToken, Prefilled, StepTokens
 from shared.errors import DeadlineExceeded, PDServeError
+from shared.messages.serving import Cancel, Failed, Moved, OutputToken, Prefilled, StepTokens
 
 T = TypeVar("T")
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 
-from shared.registry.records import Traffic
+from shared.messages.records import Traffic
 
 
 @dataclass(slots=True)

@@ -7,7 +7,6 @@ on-demand forwarding), and there is no queue in which a request could be stuck.
 import time
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, InstanceRequest, Prefilled, PrefillRequest, RefusalReason
 from shared.engine.sequence import NewToken
 from shared.engine.work import PromptWork
 from shared.instance.outbox import output_token
@@ -15,6 +14,7 @@ from shared.instance.pace import Pace
 from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
 from shared.instance.role import Role
+from shared.messages.serving import Answer, InstanceRequest, Prefilled, PrefillRequest, RefusalReason
 from shared.telemetry import tracing
 
 

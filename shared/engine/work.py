@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from shared.engine.scheduler import StepPlan
-from shared.registry.records import Work
+from shared.messages.records import Work
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shared.bus.messages import RefusalReason
+from shared.messages.serving import RefusalReason
 
 
 @dataclass(frozen=True, slots=True)

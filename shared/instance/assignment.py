@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from shared.bus.control import Assign, Assigned
 from shared.errors import ModelRefused, TransferFailed
 from shared.instance.role import Role
 from shared.kv.fetcher import check_path
-from shared.registry.records import InstanceState
-from shared.registry.records import Role as RoleName
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import InstanceState
+from shared.messages.records import Role as RoleName
 from shared.settings import InstanceSettings
 
 DAY_S = 86_400.0

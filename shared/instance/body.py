@@ -20,8 +20,8 @@ from shared.engine.sequence import NewToken
 from shared.engine.staging import Staging, staging_of
 from shared.errors import ModelRefused
 from shared.kv.holder import KVHolder
+from shared.messages.records import Role
 from shared.process import Lifetime
-from shared.registry.records import Role
 from shared.settings import InstanceSettings
 
 Loaded = LoadedModel | MockModel

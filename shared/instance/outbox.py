@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 from shared.bus import subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import (
+from shared.engine.sequence import NewToken
+from shared.errors import InstanceFailed, RequestError
+from shared.messages.records import Role
+from shared.messages.serving import (
     Failed,
     Free,
     Message,
@@ -16,9 +19,6 @@ from shared.bus.messages import (
     TokenLogprobs,
     TopLogprob,
 )
-from shared.engine.sequence import NewToken
-from shared.errors import InstanceFailed, RequestError
-from shared.registry.records import Role
 from shared.sampling import LEAST_LOGPROB
 
 RECENT = 256

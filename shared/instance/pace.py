@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import exp
 
 from shared.engine.work import PromptWork
-from shared.registry.records import Work
+from shared.messages.records import Work
 
 HORIZON_S, FADE_S = 5.0, 10.0
 """After so many seconds of computing, or of any time, what was measured before counts 1/e of what is new."""

@@ -15,7 +15,7 @@ from shared.engine.staging import Staging
 from shared.instance.outbox import Outbox
 from shared.instance.reservations import Reservation
 from shared.kv.holder import KVHolder
-from shared.registry.records import Work
+from shared.messages.records import Work
 from shared.settings import InstanceSettings
 
 

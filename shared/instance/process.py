@@ -15,8 +15,6 @@ from contextlib import AsyncExitStack
 from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.control import Assign
-from shared.bus.messages import Answer, Message
 from shared.engine.device import find_device
 from shared.engine.sequence import NewToken
 from shared.errors import ModelRefused, RequestError
@@ -25,10 +23,12 @@ from shared.instance.body import Body, Loaded, load, open_body
 from shared.instance.outbox import Outbox
 from shared.instance.parts import InstanceParts
 from shared.instance.role import Role, find_role
+from shared.messages.control import Assign
+from shared.messages.records import Admissions, InstanceRecord
+from shared.messages.records import Role as RoleName
+from shared.messages.serving import Answer, Message
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
-from shared.registry.records import Admissions, InstanceRecord
-from shared.registry.records import Role as RoleName
 from shared.registry.registry import Registry
 from shared.settings import InstanceSettings, hostname
 from shared.telemetry import tracing
@@ -192,7 +192,6 @@ class Instance:
             max_model_len=body.max_model_len,
             kv_host=body.holder.host,
             kv_port=body.holder.port,
-            kv_layout=body.loaded.layout,
             slots_total=post.role.slots_total if post.role else 0,
             slots_used=sum(role.slots_used for role in post.roles),
             slots_leased=sum(role.slots_leased for role in post.roles),

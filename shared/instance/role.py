@@ -17,7 +17,6 @@ from typing import ClassVar
 from opentelemetry.trace import SpanKind
 
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, Cancel, InstanceRequest, KVLease, RefusalReason
 from shared.engine.runner import check
 from shared.engine.sequence import NewToken, Sequence
 from shared.engine.work import PromptWork
@@ -27,8 +26,9 @@ from shared.instance.outbox import BUS_WAS_AWAY
 from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Reservations, Room
 from shared.kv.holder import Lease
-from shared.registry.records import Admissions
-from shared.registry.records import Role as RoleName
+from shared.messages.records import Admissions
+from shared.messages.records import Role as RoleName
+from shared.messages.serving import Answer, Cancel, InstanceRequest, KVLease, RefusalReason
 from shared.telemetry import tracing
 
 WANTS_ROOM: frozenset[RefusalReason] = frozenset({"no_slot", "no_blocks"})

@@ -4,10 +4,10 @@ import asyncio
 import socket
 from collections.abc import Sequence
 
-from shared.bus.messages import KVLease
 from shared.errors import TransferFailed
 from shared.kv import wire
 from shared.kv.layout import KVLayout
+from shared.messages.serving import KVLease
 
 MAX_IDLE_PER_PEER = 8
 

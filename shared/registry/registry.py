@@ -15,8 +15,8 @@ from redis.exceptions import RedisError
 
 from shared.addresses import shown
 from shared.errors import RegistryUnavailable
+from shared.messages.records import GatewayRecord, GroupMap, InstanceRecord
 from shared.registry import keys
-from shared.registry.records import GatewayRecord, GroupMap, InstanceRecord
 
 COMMAND_TIMEOUT_S = 2.0
 RETRY_S = 0.2

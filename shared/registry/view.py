@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from shared.registry.records import InstanceRecord, Role
+from shared.messages.records import InstanceRecord, Role
 
 
 @dataclass(frozen=True, slots=True)

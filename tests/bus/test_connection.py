@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from pdserve.servers import Servers
 from shared.bus import connection
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Answer, Cancel
 from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable
+from shared.messages.serving import Answer, Cancel
 from tests.harness import eventually, free_port
 
 

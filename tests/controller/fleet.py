@@ -19,8 +19,11 @@ from services.controller.policy.membership import Place
 from services.controller.workflows import Workflows
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.bus.control import Assign, Assigned
-from shared.bus.messages import (
+from shared.errors import ErrorBody
+from shared.groups import GroupSpec
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import InstanceRecord, Member, Role
+from shared.messages.serving import (
     Answer,
     Cancel,
     DecodeRequest,
@@ -32,10 +35,7 @@ from shared.bus.messages import (
     PrefillRequest,
     StepTokens,
 )
-from shared.errors import ErrorBody
-from shared.groups import GroupSpec
 from shared.registry import registry
-from shared.registry.records import InstanceRecord, Member, Role
 from shared.registry.registry import Lead, Registry
 from shared.settings import ControllerSettings
 from tests.controller.world import serving, spare

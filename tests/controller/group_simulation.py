@@ -16,7 +16,7 @@ from functools import partial
 
 from services.controller.policy.load import GroupLoad
 from services.controller.policy.ratio import Move
-from shared.registry.records import Role
+from shared.messages.records import Role
 
 READ_EVERY_S = 0.25
 NUM_READINGS = 10

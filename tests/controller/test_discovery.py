@@ -7,7 +7,7 @@ import pytest
 from services.controller.discovery import EVERY_S, WINDOW_S, Discovery, label_loads
 from services.controller.policy.observe import Samples
 from services.controller.policy.scenarios import Decision, Instances, LabelLoad, State
-from shared.registry.records import GatewayRecord, LabelTraffic
+from shared.messages.records import GatewayRecord, LabelTraffic
 from tests.registry.test_registry import GATEWAY
 
 LABEL = "auto-long-in"

@@ -19,8 +19,8 @@ from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import RegistryUnavailable
 from shared.groups import GroupSpec
+from shared.messages.records import GroupMap
 from shared.registry import keys, registry
-from shared.registry.records import GroupMap
 from shared.registry.registry import Lead, Registry
 from tests.controller.world import map_of, member, serving
 from tests.harness import eventually

@@ -21,7 +21,7 @@ from services.controller.policy.membership import (
     steps,
 )
 from shared.groups import GroupSpec
-from shared.registry.records import ROLES, GroupMap, InstanceRecord, Role
+from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role
 from tests.controller.world import map_of, newcomer, serving, spare
 
 CHAT_PREFILL, CHAT_DECODE = Place("chat", "prefill"), Place("chat", "decode")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.controller.policy.load import GroupLoad
 from services.controller.policy.observe import LONG_S, MANY, USUAL_BASE, WINDOW_S, Samples
-from shared.registry.records import Admissions, GatewayRecord, InstanceRecord, Role, Traffic, Work
+from shared.messages.records import Admissions, GatewayRecord, InstanceRecord, Role, Traffic, Work
 from tests.controller.world import map_of, serving
 from tests.registry.test_registry import GATEWAY
 

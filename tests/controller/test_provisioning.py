@@ -8,7 +8,7 @@ from services.controller import provisioning
 from services.controller.provisioning import ASK_EVERY_S, IDLE_S, STARTING_S, BusProvisioner, Provisioning
 from shared.bus import connection, subjects
 from shared.bus.connection import Incoming
-from shared.bus.control import Provision, Provisioned
+from shared.messages.control import Provision, Provisioned
 from tests.controller.world import spare
 
 

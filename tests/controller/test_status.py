@@ -17,7 +17,7 @@ from services.controller.status import status
 from services.controller.workflows import Workflows
 from shared.bus.connection import Bus
 from shared.groups import Control, default_groups
-from shared.registry.records import GroupMap, InstanceRecord, Traffic
+from shared.messages.records import GroupMap, InstanceRecord, Traffic
 from shared.registry.registry import Registry
 from shared.settings import ControllerSettings
 from tests.controller.world import map_of, serving, spare

@@ -14,7 +14,7 @@ from services.controller.policy.upgrade import ImpossibleUpgrade
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import Workflows
 from shared.errors import RegistryUnavailable
-from shared.registry.records import InstanceRecord, Role
+from shared.messages.records import InstanceRecord, Role
 from tests.controller.fleet import Fleet, fleet
 from tests.controller.world import serving, spare
 from tests.harness import eventually

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.controller.policy.membership import Place
 from services.controller.policy.upgrade import LAST_PATIENCE_S, Batch, ImpossibleUpgrade, batches
-from shared.registry.records import ROLES, InstanceRecord, Role
+from shared.messages.records import ROLES, InstanceRecord, Role
 from tests.controller.world import serving, spare
 
 OLD, NEW = "old", "new"

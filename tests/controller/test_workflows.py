@@ -7,9 +7,9 @@ import pytest
 
 from services.controller import workflows
 from services.controller.policy.membership import Place
-from shared.bus.control import Assign, Assigned, OrderRefusal
-from shared.bus.messages import Answer, DecodeRequest, PrefillRequest
-from shared.registry.records import Role
+from shared.messages.control import Assign, Assigned, OrderRefusal
+from shared.messages.records import Role
+from shared.messages.serving import Answer, DecodeRequest, PrefillRequest
 from tests.controller.fleet import Fleet, fleet
 from tests.controller.world import member, serving
 from tests.harness import eventually

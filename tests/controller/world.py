@@ -1,6 +1,6 @@
 """What tests of the controller stand on: records and maps made by hand."""
 
-from shared.registry.records import GroupMap, InstanceRecord, Member, Role
+from shared.messages.records import GroupMap, InstanceRecord, Member, Role
 from tests.registry.test_view import record
 
 

@@ -27,7 +27,7 @@ from shared.engine.runner import EngineRunner
 from shared.engine.scheduler import PrefillChunk, StepPlan
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import ModelRefused, SettingsInvalid
-from shared.registry.records import Work
+from shared.messages.records import Work
 from shared.sampling import LEAST_LOGPROB, SamplingParams
 
 from .models import ids, run

@@ -8,7 +8,7 @@ from shared.engine.sampling.sampler import Choice
 from shared.engine.scheduler import PrefillChunk, StepPlan
 from shared.engine.sequence import Sequence
 from shared.engine.work import WorkDone
-from shared.registry.records import Work
+from shared.messages.records import Work
 from shared.sampling import SamplingParams
 
 from .models import Served, prompt_of, run, sequence_of

@@ -11,9 +11,11 @@ from services.gateway.groups import Group
 from services.gateway.line import Line
 from services.gateway.streams import Streams
 from shared.bus import connection, subjects
-from shared.bus.api import Priority
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import (
+from shared.errors import ErrorBody, RequestError
+from shared.messages.generate_api import Priority
+from shared.messages.records import GroupMap, InstanceRecord, Member, Role
+from shared.messages.serving import (
     Answer,
     Cancel,
     DecodeRequest,
@@ -26,8 +28,6 @@ from shared.bus.messages import (
     PrefillRequest,
     StepTokens,
 )
-from shared.errors import ErrorBody, RequestError
-from shared.registry.records import GroupMap, InstanceRecord, Member, Role
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 from tests.harness import eventually

@@ -9,7 +9,7 @@ from services.gateway import attempt as attempt_module
 from services.gateway.api import FirstToken
 from services.gateway.costs import ENOUGH, LOCAL_AT_MOST, MEASURE_EVERY
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, DecodeRequest, StepTokens
+from shared.messages.serving import Answer, DecodeRequest, StepTokens
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Request, Scripted, expected, fleet, token_of
 from tests.harness import eventually

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from services.gateway.completion import TextDelta, complete
-from shared.bus.messages import FinishReason, OutputToken
 from shared.errors import InstanceFailed, Overloaded
+from shared.messages.serving import FinishReason, OutputToken
 from shared.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(Path(__file__).parents[2] / "models" / "demo")

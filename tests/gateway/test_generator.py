@@ -10,9 +10,9 @@ from services.gateway.api import FirstToken
 from services.gateway.groups import Group
 from shared.bus import subjects
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, DecodeRequest, PrefillRequest, StepTokens
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
-from shared.registry.records import Role
+from shared.messages.records import Role
+from shared.messages.serving import Answer, DecodeRequest, PrefillRequest, StepTokens
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Request, Scripted, expected, fleet, token_of
 from tests.harness import eventually

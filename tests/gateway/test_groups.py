@@ -14,9 +14,9 @@ from services.gateway import groups as groups_module
 from services.gateway.groups import Group, Groups
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Cancel
+from shared.messages.records import GroupMap, InstanceRecord
+from shared.messages.serving import Cancel
 from shared.registry import keys, registry
-from shared.registry.records import GroupMap, InstanceRecord
 from shared.registry.registry import Lead, Registry
 from shared.settings import GatewaySettings
 from tests.gateway.scripted import member

@@ -12,8 +12,8 @@ from pdserve.servers import Servers
 from services.gateway import inbox as inbox_module
 from services.gateway.inbox import Inbox
 from shared.bus import connection
-from shared.bus.api import GenerateChunk
 from shared.bus.connection import Incoming
+from shared.messages.generate_api import GenerateChunk
 from tests.harness import eventually, free_port
 
 

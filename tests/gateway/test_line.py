@@ -11,9 +11,9 @@ from services.gateway import line as line_module
 from services.gateway.generation import SLACK
 from services.gateway.line import Accepted, NobodyHere, TooLate, Wish
 from shared.bus.connection import Incoming
-from shared.bus.messages import Answer, PrefillRequest
 from shared.errors import InstanceFailed, NoInstance, Overloaded
-from shared.registry.records import InstanceRecord
+from shared.messages.records import InstanceRecord
+from shared.messages.serving import Answer, PrefillRequest
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Scripted, expected, fleet
 from tests.harness import eventually

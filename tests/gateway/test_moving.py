@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from services.gateway.streams import AttemptFailed
-from shared.bus.messages import Answer, DecodeRequest
+from shared.messages.serving import Answer, DecodeRequest
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Request, Scripted, expected, fleet
 from tests.harness import eventually

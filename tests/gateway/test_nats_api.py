@@ -15,9 +15,9 @@ from services.gateway.api import ApiContext
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.nats_api import NatsApi
 from shared.bus import connection, subjects
-from shared.bus.api import GenerateDone, GenerateFailed
 from shared.bus.connection import Bus, Incoming
-from shared.bus.messages import Message
+from shared.messages.generate_api import GenerateDone, GenerateFailed
+from shared.messages.serving import Message
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import DEMO, MODEL
 from tests.gateway.openai.fake_core import FakeCore

@@ -13,10 +13,10 @@ from services.gateway import line as line_module
 from services.gateway.service import Gateway
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
-from shared.bus.messages import Answer, Free, PrefillRequest
+from shared.messages.records import GroupMap, Member, Role, Traffic
+from shared.messages.serving import Answer, Free, PrefillRequest
 from shared.process import Lifetime
 from shared.registry import registry
-from shared.registry.records import GroupMap, Member, Role, Traffic
 from shared.registry.registry import Lead, Registry
 from shared.settings import GatewaySettings
 from shared.text.tokenizer import Tokenizer

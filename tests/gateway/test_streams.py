@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.gateway.streams import AttemptFailed, Decoded, Stream
-from shared.bus.messages import OutputToken
+from shared.messages.serving import OutputToken
 from tests.harness import eventually
 
 TOKEN = Decoded("d", OutputToken(request_id="r", index=0, token_id=1))

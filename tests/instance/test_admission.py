@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from shared.bus.messages import RefusalReason
 from shared.instance.admission import (
     BlockNeeds,
     BlockSupply,
@@ -14,6 +13,7 @@ from shared.instance.admission import (
     refusal,
     room_refusal,
 )
+from shared.messages.serving import RefusalReason
 
 REQUEST = RequestFacts(epoch=1, fingerprint="f", is_held=False, deadline=100.0)
 INSTANCE = InstanceFacts(epoch=1, fingerprint="f", draining=False, slots_free=1, now=50.0)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from shared.bus.control import Assign, Assigned
 from shared.errors import ModelRefused
 from shared.instance.assignment import DAY_S, Assignment
 from shared.kv.holder import KVHolder
 from shared.kv.layout import KVLayout
-from shared.registry.records import Role as RoleName
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import Role as RoleName
 from shared.settings import InstanceSettings
 from tests.harness import eventually, free_port
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from shared.registry.records import Role as RoleName
+from shared.messages.records import Role as RoleName
 from tests.engine.models import Served, prompt_of
 from tests.instance.world import FOREVER, GATEWAYS, PATIENT_S, Request, World, world
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from shared.bus.messages import Answer, PrefillRequest, RefusalReason
 from shared.instance import pace as pace_module
+from shared.messages.serving import Answer, PrefillRequest, RefusalReason
 from tests.engine.models import Served, prompt_of
 from tests.instance.world import PATIENT_S, Instance, Message, Request, World, world
 

@@ -10,7 +10,7 @@ import pytest
 from shared.engine.work import PromptWork
 from shared.instance import pace as pace_module
 from shared.instance.pace import FIRST, NEW_S, NUM_OUTCOMES, OLD_S, Pace
-from shared.registry.records import Work
+from shared.messages.records import Work
 
 TOKEN_S = 1e-3
 PAIR_S = 1e-6

@@ -13,8 +13,15 @@ from opentelemetry.context import Context
 from pydantic import BaseModel
 
 from shared.bus import subjects
-from shared.bus.control import Assign, Assigned
-from shared.bus.messages import (
+from shared.engine.mock import MockModel
+from shared.errors import ModelRefused
+from shared.instance import body, process
+from shared.instance.body import Body, Loaded
+from shared.instance.process import Instance
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import InstanceRecord
+from shared.messages.records import Role as RoleName
+from shared.messages.serving import (
     Answer,
     Cancel,
     DecodeRequest,
@@ -27,14 +34,7 @@ from shared.bus.messages import (
     PrefillRequest,
     StepTokens,
 )
-from shared.engine.mock import MockModel
-from shared.errors import ModelRefused
-from shared.instance import body, process
-from shared.instance.body import Body, Loaded
-from shared.instance.process import Instance
 from shared.process import Lifetime
-from shared.registry.records import InstanceRecord
-from shared.registry.records import Role as RoleName
 from shared.sampling import SamplingParams
 from shared.settings import InstanceSettings
 from tests.harness import eventually, free_port

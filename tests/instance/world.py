@@ -16,20 +16,6 @@ from pydantic import BaseModel
 
 from services.decode.role import DecodeRole
 from services.prefill.role import PrefillRole
-from shared.bus.control import Assign, Assigned
-from shared.bus.messages import (
-    Answer,
-    Cancel,
-    DecodeRequest,
-    Failed,
-    Free,
-    KVLease,
-    Moved,
-    OutputToken,
-    Prefilled,
-    PrefillRequest,
-    StepTokens,
-)
 from shared.engine.engine import Engine
 from shared.engine.pool import KVPool
 from shared.engine.prefix_cache import PrefixCache
@@ -44,7 +30,21 @@ from shared.instance.parts import Held, InstanceParts
 from shared.instance.role import Role
 from shared.kv import wire
 from shared.kv.holder import Lease
-from shared.registry.records import Role as RoleName
+from shared.messages.control import Assign, Assigned
+from shared.messages.records import Role as RoleName
+from shared.messages.serving import (
+    Answer,
+    Cancel,
+    DecodeRequest,
+    Failed,
+    Free,
+    KVLease,
+    Moved,
+    OutputToken,
+    Prefilled,
+    PrefillRequest,
+    StepTokens,
+)
 from shared.sampling import SamplingParams
 from shared.settings import InstanceSettings
 from tests.engine.models import Served

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from shared.bus.messages import KVLease
 from shared.errors import TransferFailed
 from shared.kv import wire
 from shared.kv.fetcher import KVFetcher, check_path
 from shared.kv.holder import KVHolder, Lease
 from shared.kv.layout import KVLayout, LayerLayout
 from shared.kv.parcel import Parcel
+from shared.messages.serving import KVLease
 from tests.harness import eventually
 
 LAYOUT = KVLayout(dtype="float32", block_size=16, layers=(LayerLayout(num_kv_heads=2, key_dim=8, value_dim=8),) * 3)

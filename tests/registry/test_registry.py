@@ -10,8 +10,8 @@ import redis
 
 from pdserve.servers import Servers
 from shared.errors import RegistryUnavailable
+from shared.messages.records import GatewayRecord, GroupMap, Member, Traffic
 from shared.registry import keys, registry
-from shared.registry.records import GatewayRecord, GroupMap, Member, Traffic
 from shared.registry.registry import Lead, Registry
 from tests.harness import eventually
 from tests.registry.test_view import record

@@ -1,7 +1,6 @@
 """Whose heart beats, by comparing readings; pure."""
 
-from shared.kv.layout import KVLayout
-from shared.registry.records import InstanceRecord
+from shared.messages.records import InstanceRecord
 from shared.registry.view import View
 
 
@@ -22,7 +21,6 @@ def record(name: str = "p1", heartbeat: int = 1, **changes: object) -> InstanceR
         "max_model_len": 100,
         "kv_host": "h",
         "kv_port": 1,
-        "kv_layout": KVLayout(dtype="float32", block_size=16, layers=()),
         "slots_total": 1,
         "slots_used": 0,
         "blocks_total": 1,

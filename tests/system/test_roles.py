@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from pdserve.admin import ask_admin
-from shared.bus.control import AdminAnswer, AdminRequest, InstanceStatus
+from shared.messages.control import AdminAnswer, AdminRequest, InstanceStatus
 from tests.conftest import running_system
 from tests.harness import System, wait_until
 from tests.system.client import greedy, post, prompt_of, streaming, token_ids

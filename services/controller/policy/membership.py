@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from shared.groups import GroupSpec
-from shared.registry.records import ROLES, GroupMap, InstanceRecord, Member, Role
+from shared.messages.records import ROLES, GroupMap, InstanceRecord, Member, Role
 
 
 @dataclass(frozen=True, slots=True)

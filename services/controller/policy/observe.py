@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.controller.policy.load import GroupLoad
-from shared.registry.records import GatewayRecord, GroupMap, InstanceRecord, Member, Traffic, Work
+from shared.messages.records import GatewayRecord, GroupMap, InstanceRecord, Member, Traffic, Work
 
 WINDOW_S = 2.5
 LONG_S = 30.0

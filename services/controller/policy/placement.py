@@ -7,7 +7,7 @@ from services.controller.policy import tidal
 from services.controller.policy.load import GroupLoad
 from services.controller.policy.model import Model
 from shared.groups import GroupSpec, declared_name
-from shared.registry.records import Role
+from shared.messages.records import Role
 
 CROWDED_S = 5.0
 """For how long requests have to wait, with both roles busy, before a group gets an instance more."""

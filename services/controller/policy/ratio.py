@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from services.controller.policy.load import GroupLoad
 from services.controller.policy.model import Model, Prediction
-from shared.registry.records import Role
+from shared.messages.records import Role
 
 MINUTE_S = 60.0
 NUM_WINDOWS = 16

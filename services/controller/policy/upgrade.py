@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from services.controller.policy.membership import Place
 from shared.errors import PDServeError
-from shared.registry.records import ROLES, InstanceRecord, Role
+from shared.messages.records import ROLES, InstanceRecord, Role
 
 LAST_PATIENCE_S = 600.0
 """How long the last decode instance with the old weights lets its requests end: nobody else could go on with them."""

@@ -8,9 +8,9 @@ from services.gateway.api import ApiContext
 from services.gateway.completion import TextDelta
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
 from services.gateway.sampling import check_prompt, choice_seed, sampling_params
-from shared.bus.api import Priority
-from shared.bus.messages import TokenLogprobs
 from shared.errors import InvalidRequest
+from shared.messages.generate_api import Priority
+from shared.messages.serving import TokenLogprobs
 from shared.sampling import FinishReason, SamplingParams
 
 Json = dict[str, object]

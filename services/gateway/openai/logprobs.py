@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from services.gateway.openai.job import Json
-from shared.bus.messages import TokenLogprobs
+from shared.messages.serving import TokenLogprobs
 from shared.sampling import LEAST_LOGPROB
 from shared.text.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from shared.bus.api import Priority, Scenario
+from shared.messages.generate_api import Priority, Scenario
 from shared.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128

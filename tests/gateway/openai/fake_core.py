@@ -5,9 +5,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from services.gateway.api import FirstToken
-from shared.bus.api import Priority
-from shared.bus.messages import OutputToken, TokenLogprobs, TopLogprob
 from shared.errors import RequestError
+from shared.messages.generate_api import Priority
+from shared.messages.serving import OutputToken, TokenLogprobs, TopLogprob
 from shared.sampling import SamplingParams
 
 Step = int | RequestError | asyncio.Event | Exception

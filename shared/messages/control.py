@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from shared.bus.messages import Message
-from shared.registry.records import GatewayRecord, InstanceRecord, Role
+from shared.messages.records import GatewayRecord, InstanceRecord, Role
+from shared.messages.serving import Message
 
 OrderRefusal = Literal["old_term", "old_epoch", "busy", "draining"]
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.bus.messages import TokenLogprobs
 from shared.errors import ErrorBody
+from shared.messages.serving import TokenLogprobs
 from shared.sampling import FinishReason
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import ErrorBody
-from shared.registry.records import Role
+from shared.messages.records import Role
 from shared.sampling import FinishReason, SamplingParams
 
 RefusalReason = Literal[

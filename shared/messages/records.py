@@ -7,8 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shared.kv.layout import KVLayout
-
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 InstanceState = Literal["spare", "drained", "changing", "ready", "draining"]
@@ -92,7 +90,6 @@ class InstanceRecord(Record):
     max_model_len: int
     kv_host: str
     kv_port: int
-    kv_layout: KVLayout
     slots_total: int
     slots_used: int
     slots_leased: int = 0
