@@ -69,4 +69,4 @@ class Wanted:
         if started or wish.end:
             self._wishes.put(Provision(start=started, end=wish.end))
         if incoming.reply_to:
-            await incoming.respond(Provisioned(started=started, room=room - started))
+            await incoming.respond(Provisioned(started=started, capacity=room - started))

@@ -8,8 +8,13 @@ PDServeError
 │   ├── ModelNotFound           404  model_not_found
 │   ├── PathNotFound            404  path_not_found
 │   ├── MethodNotAllowed        405  method_not_allowed
+│   ├── RequestTimeout          408  request_timeout        the client did not send its request in time
+│   ├── IdempotencyConflict     409  idempotency_conflict   another request has the same Idempotency-Key
 │   ├── BodyTooLarge            413  body_too_large
+│   ├── UnsupportedEncoding     415  unsupported_encoding
+│   ├── HeadersTooLarge         431  headers_too_large
 │   ├── Overloaded              429  overloaded             no free slot before the TTFT deadline
+│   ├── SlowClient              499  slow_client            the client leaves too many tokens unread
 │   ├── Cancelled               499  cancelled
 │   ├── InternalError           500  internal_error         a fault of this program; its log says more
 │   ├── InstanceFailed          500  instance_failed        every attempt met a failing instance
@@ -98,6 +103,31 @@ class PathNotFound(RequestError):
 class MethodNotAllowed(RequestError):
     status = 405
     code = "method_not_allowed"
+
+
+class RequestTimeout(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class IdempotencyConflict(RequestError):
+    status = 409
+    code = "idempotency_conflict"
+
+
+class UnsupportedEncoding(RequestError):
+    status = 415
+    code = "unsupported_encoding"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    code = "headers_too_large"
+
+
+class SlowClient(RequestError):
+    status = 499
+    code = "slow_client"
 
 
 class BodyTooLarge(RequestError):

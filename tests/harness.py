@@ -193,7 +193,7 @@ class System:
             return False
         members = {one for group in status.groups for one in (*group.prefill, *group.decode)}
         live = [one for one in status.instances if not one.late]
-        announced = all(one.id in members or one.wish_role is None for one in live)
+        announced = all(one.id in members or one.preferred_role is None for one in live)
         return announced and {one.pid for one in live} == {one.pid for one in self.instances}
 
     def _is_ready(self) -> bool:

@@ -171,7 +171,7 @@ class Admin:
         return record
 
     def _group_of(self, record: InstanceRecord, request: AdminRequest) -> GroupMap:
-        name = request.group or record.group or record.wish_group or "default"
+        name = request.group or record.group or record.preferred_group or "default"
         group = self._brain.cluster.maps.get(name)
         if group is None:
             known = ", ".join(sorted(self._brain.cluster.maps))

@@ -95,7 +95,7 @@ class Brain:
     def _adopt_groups(self) -> None:
         """Groups that nobody has declared, but that instances wish to be in."""
         for record in self.cluster.alive.values():
-            name = record.wish_group
+            name = record.preferred_group
             if name is None or name in self.scaling.declared or name in self._odd_names:
                 continue
             try:

@@ -12,7 +12,7 @@ from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import PDServeError, PeerUnavailable, RequestError
 from shared.messages.records import InstanceRecord
-from shared.messages.serving import Answer, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
+from shared.messages.serving import AskReply, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 
@@ -130,7 +130,7 @@ class Canary:
         """Until it accepts: one that is full, as in a group that lacks the role of the newcomer, is soon less so."""
         subject = subjects.instance(instance.id, verb)
         while True:
-            answer = await self.bus.request(subject, request, Answer, timeout_s=ANSWER_TIMEOUT_S, deadline=deadline)
+            answer = await self.bus.request(subject, request, AskReply, timeout_s=ANSWER_TIMEOUT_S, deadline=deadline)
             if answer.accepted:
                 return
             if answer.reason != "no_blocks" or time.time() > deadline:

@@ -19,7 +19,7 @@ from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
 from shared.instance.role import Role
 from shared.kv.fetcher import KVFetcher
-from shared.messages.serving import Answer, DecodeRequest, KVLease, Moved, OutputToken
+from shared.messages.serving import AskReply, DecodeRequest, KVLease, Moved, OutputToken
 from shared.telemetry import tracing
 
 
@@ -39,18 +39,18 @@ class DecodeRole(Role):
     def close(self) -> None:
         self._fetcher.close()
 
-    async def take(self, incoming: Incoming) -> Answer:
+    async def take(self, incoming: Incoming) -> AskReply:
         request = incoming.parse(DecodeRequest)
         num_to_generate = self._num_to_generate(request)
         room = self.admit(request, incoming.deadline, lambda: self._room(request, num_to_generate))
         if not isinstance(room, Room):
-            return Answer(accepted=False, reason=room)
+            return AskReply(accepted=False, reason=room)
         held = self.hold(request, room, incoming, num_to_generate)
         if request.lease is None:
             self._compute(held)
         else:
             held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
-        return Answer(accepted=True)
+        return AskReply(accepted=True)
 
     def _room(self, request: DecodeRequest, num_to_generate: int) -> Room:
         layout = self.parts.loaded.layout

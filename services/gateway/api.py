@@ -1,67 +1,50 @@
-"""What the HTTP API is given: the core that generates, and what it needs to speak to clients."""
+"""What the HTTP API and the NATS API are given: the core that serves requests, and their surroundings."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from opentelemetry.trace import Tracer
 
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.request import Request
+from services.gateway.telemetry import GatewayMetrics
 from shared.errors import ModelNotFound
-from shared.messages.generate_api import Priority
-from shared.messages.serving import OutputToken
-from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer
-
-
-class FirstToken(OutputToken):
-    """The first token of a request, how many tokens of its prompt were found in a prefix cache, and which scenario's
-    group served it.
-    """
-
-    num_cached_tokens: int
-    scenario: str = "default"
 
 
 class Core(Protocol):
     """Generates tokens somewhere."""
 
-    def generate(
-        self,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        *,
-        request_id: str,
-        deadline: float,
-        scenario: str | None = None,
-        priority: Priority = "interactive",
-    ) -> AsyncGenerator[OutputToken, None]:
-        """The request's tokens as they come: a FirstToken first; the last one, and only that, has a finish reason.
+    def serving(self, requests: Sequence[Request]) -> AbstractAsyncContextManager[None]:
+        """Serves requests while the block lasts: their tokens and their first error arrive in `request.output`.
 
-        Closing the generator cancels the request everywhere. It raises RequestError where the request fails.
-        `deadline` is in Unix seconds.
+        Leaving the block cancels the requests that have not finished, wherever they are.
         """
 
+    def finish(self, request: Request) -> None:
+        """Stops generating for a request of an open `serving` block, as after a stop string. It is not an error."""
+
     def max_model_len(self) -> int:
-        """The smallest context in tokens of the live instances; the tokenizer's where none lives."""
+        """Returns the smallest context in tokens of the live instances, or the tokenizer's without any."""
 
     def not_ready(self) -> str | None:
-        """Why requests cannot be served now; None if they can."""
+        """Returns why requests cannot be served now; None if they can."""
 
 
 @dataclass(frozen=True)
 class ApiContext:
-    """The API's surroundings.
+    """The surroundings of an API.
 
     Attributes:
         served_model_name: the one `model` that requests may name.
-        api_keys: keys that clients may use; none at all leaves the API open.
-        max_body_bytes: larger request bodies are refused.
+        api_keys: keys that clients may use; without any the API is open.
+        max_body_bytes: larger request bodies are rejected.
         request_timeout_s: time from arrival to the last token.
-        system_fingerprint: names the model's weights and numerics to clients; None says nothing.
-        created_at: Unix seconds, told as the model's date.
+        system_fingerprint: names the model's weights and numerics to clients; None omits it.
+        created_at: Unix seconds, reported as the model's date.
     """
 
     core: Core
@@ -77,10 +60,10 @@ class ApiContext:
 
 
 def check_model(api: ApiContext, model: str) -> None:
-    """Refuse a model that is not the served one.
+    """Checks that a request names the served model.
 
     Raises:
-        ModelNotFound: names the one that is.
+        ModelNotFound: it names another; the message names the served one.
     """
     if model != api.served_model_name:
         message = f"The model `{model[:200]}` is not served here, but `{api.served_model_name}` is: name that one."

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
-from services.gateway.affinity import Affinity
+from services.gateway.prefix_affinity import Affinity
 from services.gateway.costs import Costs
 from services.gateway.line import Line
 from services.gateway.scenarios import Scenarios

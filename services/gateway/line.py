@@ -23,7 +23,7 @@ from shared.bus import subjects
 from shared.bus.connection import Bus
 from shared.errors import RETRY_AFTER_S, InstanceFailed, NoInstance, Overloaded, PDServeError, PeerUnavailable
 from shared.messages.records import InstanceRecord, Role
-from shared.messages.serving import Answer, Cancel, DecodeRequest, PrefillRequest, RefusalReason
+from shared.messages.serving import AskReply, Cancel, DecodeRequest, PrefillRequest, RejectionReason
 from shared.settings import GatewaySettings
 
 ASK_AGAIN_S = 0.02
@@ -185,7 +185,7 @@ class Line:
         return None
 
     async def _ask_each(self, present: list[InstanceRecord], wish: Wish, asking: "_Asking") -> Accepted | None:
-        reasons: list[RefusalReason | None] = []
+        reasons: list[RejectionReason | None] = []
         candidates = policy.order(filter(self._is_answering, present), self._num_open(), self._tie, wish.matched)
         for instance in candidates:
             answer = await self._ask(instance, wish)
@@ -216,7 +216,7 @@ class Line:
         ready = {one.fingerprint for one in self._ready(self._role)}
         return wish.has_begun and (not ready or wish.fingerprint in ready)
 
-    async def _ask(self, instance: InstanceRecord, wish: Wish) -> Answer | None:
+    async def _ask(self, instance: InstanceRecord, wish: Wish) -> AskReply | None:
         """What the instance says. One that gave no answer in time may have accepted: it is told to cancel."""
         subject = subjects.instance(instance.id, self._role)
         request = wish.request_for(instance)
@@ -224,7 +224,7 @@ class Line:
         held_before = instance.id in wish.holders
         wish.holders.add(instance.id)
         try:
-            answer = await self._bus.request(subject, request, Answer, timeout_s=timeout_s, deadline=wish.deadline)
+            answer = await self._bus.request(subject, request, AskReply, timeout_s=timeout_s, deadline=wish.deadline)
         except PeerUnavailable as error:
             log.warning("%s", error)
             self._avoid(instance.id)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from opentelemetry.trace import SpanKind, get_current_span
 
 from services.gateway.api import ApiContext, check_model
-from services.gateway.completion import complete
-from services.gateway.inbox import Inbox
-from services.gateway.metrics import ChoiceTimer
+from shared.text.text_stream import complete
+from shared.bus.reply_inbox import Inbox
+from services.gateway.telemetry import ChoiceTimer
 from services.gateway.sampling import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from services.gateway.classify import Classifier
+from services.gateway.scenario_labels import Classifier
 from shared.messages.records import LabelTraffic
 
 MAX_LABELS = 64

@@ -14,7 +14,7 @@ from services.gateway import policy
 from services.gateway.api import ApiContext, FirstToken
 from services.gateway.generator import Generator
 from services.gateway.groups import Group, Groups
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.telemetry import GatewayMetrics
 from services.gateway.nats_api import NatsApi
 from services.gateway.openai.app import create_app
 from services.gateway.streams import Streams
@@ -25,7 +25,7 @@ from shared.bus.connection import Bus, Incoming
 from shared.errors import RequestError, SettingsInvalid
 from shared.messages.generate_api import Priority
 from shared.messages.records import GatewayRecord
-from shared.messages.serving import Free, OutputToken
+from shared.messages.serving import OutputToken, SlotFreed
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.registry import Registry
@@ -166,7 +166,7 @@ class Gateway:
             labels=self._groups.scenarios.traffic(),
         )
 
-    def _on_free(self, free: Free) -> None:
+    def _on_free(self, free: SlotFreed) -> None:
         group = self._groups.named(free.group)
         if group is not None:
             group.line(free.role).hint()
@@ -174,8 +174,8 @@ class Gateway:
     async def _on_message(self, incoming: Incoming) -> None:
         verb, key = subjects.verb_and_key(incoming.subject)
         try:
-            if verb == "free":
-                self._on_free(incoming.parse(Free))
+            if verb == "slot_freed":
+                self._on_free(incoming.parse(SlotFreed))
             elif verb == "gone" and incoming.nobody_listens:
                 self._nats_api.nobody_heard(key)
             else:

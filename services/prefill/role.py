@@ -14,7 +14,7 @@ from shared.instance.pace import Pace
 from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
 from shared.instance.role import Role
-from shared.messages.serving import Answer, InstanceRequest, Prefilled, PrefillRequest, RefusalReason
+from shared.messages.serving import AskReply, InstanceRequest, Prefilled, PrefillRequest, RejectionReason
 from shared.telemetry import tracing
 
 
@@ -29,11 +29,11 @@ class PrefillRole(Role):
     def slots_total(self) -> int:
         return self.parts.settings.prefill_slots
 
-    async def take(self, incoming: Incoming) -> Answer:
+    async def take(self, incoming: Incoming) -> AskReply:
         request = incoming.parse(PrefillRequest)
         room = self.admit(request, incoming.deadline, lambda: self._room(request))
         if not isinstance(room, Room):
-            return Answer(accepted=False, reason=room)
+            return AskReply(accepted=False, reason=room)
         expected_s = self._expected_s(request, room)
         held = self.hold(request, room, incoming, num_to_generate=1)
         held.expected_s = expected_s
@@ -41,13 +41,13 @@ class PrefillRole(Role):
         self.parts.cache.name(held.reservation.allocation, request.token_ids)
         held.in_engine = True
         self.parts.runner.add(held.sequence)
-        return Answer(accepted=True)
+        return AskReply(accepted=True)
 
     def _room(self, request: PrefillRequest) -> Room:
         num_blocks = self.parts.loaded.layout.num_blocks(len(request.token_ids))
         return Room(self.parts.cache.match(request.token_ids, pending=True), num_blocks, num_blocks)
 
-    def lateness(self, request: InstanceRequest, room: Room) -> RefusalReason | None:
+    def lateness(self, request: InstanceRequest, room: Room) -> RejectionReason | None:
         """An instance that was slow once, and refuses all, would never learn that it is quick again: so it tries."""
         if not isinstance(request, PrefillRequest) or request.first_token_by is None:
             return None

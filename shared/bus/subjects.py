@@ -41,7 +41,7 @@ def admin(verb: str) -> str:
 
 
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `moved`, `failed`, `free` or
+    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `moved`, `failed`, `slot_freed` or
     `gone.<request>.<index>`.
     """
     return f"{PREFIX}.gateway.{gateway_id}.{verb}"

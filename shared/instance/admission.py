@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shared.messages.serving import RefusalReason
+from shared.messages.serving import RejectionReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class InstanceFacts:
     now: float
 
 
-def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | None:
+def refusal(request: RequestFacts, instance: InstanceFacts) -> RejectionReason | None:
     """The first half of the admission policy: why the instance refuses the request, whatever its room; None if not so.
 
     It costs next to nothing, so that a full instance can be asked often.
@@ -77,7 +77,7 @@ def refusal(request: RequestFacts, instance: InstanceFacts) -> RefusalReason | N
     return "no_slot" if instance.slots_free < 1 else None
 
 
-def room_refusal(needs: BlockNeeds, supply: BlockSupply) -> RefusalReason | None:
+def room_refusal(needs: BlockNeeds, supply: BlockSupply) -> RejectionReason | None:
     """The second half: why there is no room for it, or None where the instance accepts."""
     if needs.alone > supply.total:
         return "too_long"

@@ -10,11 +10,11 @@ from shared.errors import InstanceFailed, RequestError
 from shared.messages.records import Role
 from shared.messages.serving import (
     Failed,
-    Free,
     Message,
     Moved,
     OutputToken,
     Prefilled,
+    SlotFreed,
     StepTokens,
     TokenLogprobs,
     TopLogprob,
@@ -44,7 +44,7 @@ class Outbox:
         await self._send(gateway_id, "moved", event)
 
     async def free(self, gateway_id: str, group: str, role: Role) -> None:
-        await self._send(gateway_id, "free", Free(instance_id=self.instance_id, group=group, role=role))
+        await self._send(gateway_id, "slot_freed", SlotFreed(instance_id=self.instance_id, group=group, role=role))
 
     async def failed(self, gateway_id: str, request_id: str, error: RequestError, *, counts: bool) -> None:
         event = Failed(instance_id=self.instance_id, request_id=request_id, error=error.body, counts=counts)

@@ -26,7 +26,7 @@ from shared.instance.role import Role, find_role
 from shared.messages.control import Assign
 from shared.messages.records import Admissions, InstanceRecord
 from shared.messages.records import Role as RoleName
-from shared.messages.serving import Answer, Message
+from shared.messages.serving import AskReply, Message
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.registry import Registry
@@ -180,8 +180,8 @@ class Instance:
             heartbeat=heartbeat,
             role=post.role.verb if post.role else None,
             group=post.group,
-            wish_role=wishes_role,
-            wish_group=settings.group if wishes_role else None,
+            preferred_role=wishes_role,
+            preferred_group=settings.group if wishes_role else None,
             epoch=post.epoch,
             term=post.term,
             state=post.state,
@@ -234,14 +234,14 @@ class Instance:
             await incoming.respond(await role.take(incoming))
         elif verb in ("prefill", "decode"):
             reason = "draining" if self.assignment.state in ("changing", "draining") else "wrong_role"
-            await incoming.respond(Answer.model_validate({"accepted": False, "reason": reason}))
+            await incoming.respond(AskReply.model_validate({"accepted": False, "reason": reason}))
         else:
             for one in self.assignment.roles:
                 one.handle(verb, key, incoming)
 
     async def _refuse(self, incoming: Incoming) -> None:
         if incoming.reply_to:
-            await incoming.respond(Answer(accepted=False, reason="invalid"))
+            await incoming.respond(AskReply(accepted=False, reason="invalid"))
 
     async def _tell(self, tokens: list[NewToken]) -> None:
         """Every role knows its own requests. One that is left still has tokens on their way."""

@@ -28,10 +28,10 @@ from shared.instance.reservations import Reservations, Room
 from shared.kv.holder import Lease
 from shared.messages.records import Admissions
 from shared.messages.records import Role as RoleName
-from shared.messages.serving import Answer, Cancel, InstanceRequest, KVLease, RefusalReason
+from shared.messages.serving import AskReply, Cancel, InstanceRequest, KVLease, RejectionReason
 from shared.telemetry import tracing
 
-WANTS_ROOM: frozenset[RefusalReason] = frozenset({"no_slot", "no_blocks"})
+WANTS_ROOM: frozenset[RejectionReason] = frozenset({"no_slot", "no_blocks"})
 """A gateway that is refused for these is told when there is room again."""
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class Role(ABC):
         self._refused: dict[str, None] = {}
         """Gateways that wait for room, the first to be refused first."""
         self.num_accepted = 0
-        self.num_refused = 0
+        self.num_rejected = 0
         self.num_ended = 0
-        self.held_s = 0.0
+        self.occupied_s = 0.0
 
     @property
     @abstractmethod
@@ -93,13 +93,13 @@ class Role(ABC):
         """What has been accepted and refused in this role."""
         return Admissions(
             num_accepted=self.num_accepted,
-            num_refused=self.num_refused,
+            num_rejected=self.num_rejected,
             num_ended=self.num_ended,
-            held_s=self.held_s,
+            occupied_s=self.occupied_s,
         )
 
     @abstractmethod
-    async def take(self, incoming: Incoming) -> Answer:
+    async def take(self, incoming: Incoming) -> AskReply:
         """Accepts a request and starts on it, or refuses it; at once."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class Role(ABC):
             self._less.clear()
             await self._less.wait()
 
-    def admit(self, request: InstanceRequest, deadline: float, room_for: Callable[[], Room]) -> Room | RefusalReason:
+    def admit(self, request: InstanceRequest, deadline: float, room_for: Callable[[], Room]) -> Room | RejectionReason:
         """The room that a request is to have, or why this instance cannot take it.
 
         Only who may come in at all is looked up in the cache, which takes as long as its prompt.
@@ -182,7 +182,7 @@ class Role(ABC):
         if reason is None:
             self.num_accepted += 1
             return room
-        self.num_refused += reason in WANTS_ROOM or reason == "no_time"
+        self.num_rejected += reason in WANTS_ROOM or reason == "no_time"
         if reason in WANTS_ROOM and not request.is_canary:
             self._refused.setdefault(request.gateway_id)
         return reason
@@ -220,7 +220,7 @@ class Role(ABC):
         self._held[request.request_id] = held
         return held
 
-    def lateness(self, request: InstanceRequest, room: Room) -> RefusalReason | None:
+    def lateness(self, request: InstanceRequest, room: Room) -> RejectionReason | None:
         """Why a request that there is room for would come too late; None if it would not."""
         return None
 
@@ -269,7 +269,7 @@ class Role(ABC):
         del self._held[held.request_id]
         self._less.set()
         self.num_ended += 1
-        self.held_s += time.monotonic() - held.accepted_at
+        self.occupied_s += time.monotonic() - held.accepted_at
         self.parts.outbox.ended(held.gateway_id, held.request_id)
         held.span.end()
         self.parts.room_came_free()

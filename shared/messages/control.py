@@ -1,4 +1,4 @@
-"""Messages of the controller, version 1: its orders, what operators wish of it, and what it says of the cluster."""
+"""Messages of the controller, version 1: its orders, operators' requests to it, and its view of the cluster."""
 
 from typing import Literal
 
@@ -7,13 +7,13 @@ from pydantic import BaseModel, Field
 from shared.messages.records import GatewayRecord, InstanceRecord, Role
 from shared.messages.serving import Message
 
-OrderRefusal = Literal["old_term", "old_epoch", "busy", "draining"]
+OrderRejection = Literal["old_term", "old_epoch", "busy", "draining"]
 
 
 class Assign(Message):
-    """The leading controller's order to an instance (`assign`): be this role in this group, under this epoch.
+    """The leading controller's order to an instance (`assign`): take this role in this group, under this epoch.
 
-    Without a role it becomes a spare. Answered at once by `Assigned`; how it goes on shows in the instance's record.
+    Without a role the instance becomes a spare. It answers at once with `Assigned`; its record shows the progress.
     `peers` are KV addresses that it connects to before it is ready.
     """
 
@@ -22,23 +22,23 @@ class Assign(Message):
     role: Role | None
     group: str | None
     model: str | None = None
-    """A folder or hub id to load first; None keeps the model that it has."""
+    """A folder or hub id to load first; None keeps the current model."""
     peers: list[tuple[str, int]] = Field(default_factory=list)
     drained: bool = False
-    """Without a role: it stays so until an operator wishes something else."""
+    """Without a role: the instance stays drained until an operator gives it a role."""
     patience_s: float | None = None
-    """How long requests may take to end before they move; None is as the instance's settings say."""
+    """How long requests may take to end before they move; None takes the instance's setting."""
 
 
 class Assigned(Message):
-    """An instance's answer to an order: it follows, or the reason why not."""
+    """An instance's answer to an order: accepted, or rejected with the reason."""
 
     accepted: bool
-    reason: OrderRefusal | None = None
+    reason: OrderRejection | None = None
 
 
 class Provision(Message):
-    """The leading controller to whoever can start instances (`provision`): start so many spares, end these processes.
+    """The leading controller to a process that can start instances (`provision`): start spares, end processes.
 
     Answered by `Provisioned`.
     """
@@ -52,11 +52,11 @@ class Provisioned(Message):
     """How many spares are being started, and how many more could be."""
 
     started: int
-    room: int
+    capacity: int
 
 
 class AdminRequest(Message):
-    """An operator's wish to the leading controller (`admin.<verb>`): `flip` (instance, role, group), `drain`
+    """An operator's request to the leading controller (`admin.<verb>`): `flip` (instance, role, group), `drain`
     (instance), `control` (control), `upgrade` (model), `pause`, `resume`, `abort`.
     """
 
@@ -69,14 +69,14 @@ class AdminRequest(Message):
 
 
 class AdminAnswer(Message):
-    """What became of the wish, in a sentence."""
+    """The result of an operator's request, in a sentence."""
 
     ok: bool
     message: str
 
 
 class GroupStatus(Message):
-    """A group as the controller sees it; instances by id. `late` ones are in its map, and their hearts do not beat."""
+    """A group as the controller sees it; instances by id. Heartbeats of the `late` ones are late."""
 
     name: str
     scenario: str
@@ -92,7 +92,7 @@ class GroupStatus(Message):
 
 
 class DecisionStatus(BaseModel):
-    """One decision of the controller, when (Unix seconds), and why. `outcome` is empty while it is under way."""
+    """One decision of the controller, its time (Unix seconds) and its reason. `outcome` is empty until it is done."""
 
     at: float
     group: str
@@ -102,7 +102,7 @@ class DecisionStatus(BaseModel):
 
 
 class InstanceStatus(InstanceRecord):
-    """An instance's record and how long ago (seconds) its heartbeat last moved; `late` if that is too long."""
+    """An instance's record and the age of its last heartbeat in seconds; `late` if that is too old."""
 
     heartbeat_age_s: float
     late: bool
@@ -113,7 +113,7 @@ class Status(Message):
 
     version: str
     controller: str
-    """Who answers, with its process id; `leader` is who leads."""
+    """The controller that answers, with its process id; `leader` is the leading one."""
     pid: int = 0
     leader: str | None = None
     control: str = "auto"
@@ -122,4 +122,4 @@ class Status(Message):
     gateways: list[GatewayRecord]
     decisions: list[DecisionStatus] = Field(default_factory=list)
     upgrade: str | None = None
-    """How far an upgrade is."""
+    """The progress of an upgrade."""

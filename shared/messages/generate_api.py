@@ -1,4 +1,4 @@
-"""Messages of the public request API over NATS, version 1: a client's request, and its answer piece by piece."""
+"""Messages of the public request API over NATS, version 1: a client's request, and its answer in chunks."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from shared.sampling import FinishReason
 
 
 class ApiMessage(BaseModel):
-    """A message of the public request API: unknown fields are refused, so that a misspelt one is noticed."""
+    """A message of the public request API: unknown fields are rejected, so that a misspelt one is noticed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -22,7 +22,7 @@ class ChatMessage(ApiMessage):
 
 Scenario = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Priority = Literal["interactive", "batch"]
-"""An interactive request passes every batch one that waits."""
+"""A waiting interactive request is served before every batch request."""
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -59,7 +59,7 @@ class GenerateRequest(ApiMessage):
 
 
 class GenerateChunk(ApiMessage):
-    """A piece of the answer, in the client's inbox; `index` counts chunks from 0, so a gap is noticed."""
+    """A part of the answer, sent to the client's inbox; `index` counts messages from 0, so that a gap is noticed."""
 
     v: Literal[1] = 1
     type: Literal["chunk"] = "chunk"
@@ -91,7 +91,10 @@ class GenerateDone(ApiMessage):
 
 
 class GenerateFailed(ApiMessage):
-    """The terminal message of a request that was not; `error.code` is one of `shared/errors.py`."""
+    """The terminal message of a request that failed; `error.code` is one of `shared/errors.py`.
+
+    `index` is -1 where the gateway that sent the chunks has died and another one ends the request.
+    """
 
     v: Literal[1] = 1
     type: Literal["error"] = "error"
@@ -101,7 +104,7 @@ class GenerateFailed(ApiMessage):
 
 
 class CancelGenerate(ApiMessage):
-    """A client's wish on CANCEL to end its request; the stream then ends with the error `cancelled`."""
+    """A client asks on CANCEL to end its request; the stream then ends with the error `cancelled`."""
 
     v: Literal[1] = 1
     id: str

@@ -1,6 +1,6 @@
-"""What instances and gateways write about themselves, and the maps of groups that the leading controller writes.
+"""Records in Redis: instances and gateways describe themselves, the leading controller describes groups (maps).
 
-A record lives as long as its heartbeat renews it. A map stays.
+A record expires unless its heartbeat renews it. A map is permanent.
 """
 
 from typing import Literal
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 Role = Literal["prefill", "decode"]
 ROLES: tuple[Role, ...] = ("prefill", "decode")
 InstanceState = Literal["spare", "drained", "changing", "ready", "draining"]
-"""Without a role; without one until an operator gives it one; on the way to another role or model; taking requests; on
-the way to its end.
+"""`spare`: without a role. `drained`: without a role until an operator assigns one. `changing`: between two roles or
+models. `ready`: accepts requests. `draining`: about to end.
 """
 EngineKind = Literal["torch", "mock"]
 
 
 class Record(BaseModel):
-    """`heartbeat` grows with every renewal: readers compare it with what they saw before, on their own clock."""
+    """`heartbeat` grows with every renewal. Readers compare it with the last value they read, on their own clock."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -30,7 +30,7 @@ class Record(BaseModel):
 
 
 class Work(BaseModel):
-    """What an engine has done since it was made, with its model. Differences of two of them describe the time between.
+    """Sums over all steps of an engine. The difference of two snapshots describes the time between them.
 
     Sums over decode steps (those without prefill) let a reader fit seconds = base + per_row * rows.
     """
@@ -39,7 +39,7 @@ class Work(BaseModel):
 
     prefill_tokens: int = 0
     prefill_pairs: int = 0
-    """Of those tokens, each with itself and all before it: what attention computes."""
+    """Pairs of one of those tokens with itself or a token before it: the work of attention."""
     prefill_s: float = 0.0
     """Seconds in steps with prefill."""
     num_prefilled: int = 0
@@ -56,86 +56,97 @@ class Work(BaseModel):
 
 
 class Admissions(BaseModel):
-    """What an instance has accepted and refused since its role began."""
+    """Requests that an instance has accepted and rejected since its role began."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     num_accepted: int = 0
-    num_refused: int = 0
-    """For want of a slot, of blocks or of time."""
+    num_rejected: int = 0
+    """For lack of a slot, of blocks, or because its next step was full."""
     num_ended: int = 0
-    held_s: float = 0.0
-    """The sum, over those that ended, of the seconds for which their slots were held: T_p and T_d of P/D-Serve."""
+    occupied_s: float = 0.0
+    """The sum, over requests that ended, of the seconds for which they occupied a slot: T_p and T_d of P/D-Serve."""
 
 
 class InstanceRecord(Record):
-    """One instance. `epoch` counts its assignments, 0 before the first: a request for an earlier one is refused."""
+    """One instance. `epoch` counts its assignments from 0; it rejects requests for another epoch.
+
+    `state_version` grows with every change that matters to gateways (role, group, epoch, state, model, address), so
+    that a gateway reads a whole record only when it has changed.
+    """
 
     role: Role | None
     group: str | None
-    wish_role: Role | None = None
-    wish_group: str | None = None
-    """What it would like to be: its settings."""
+    preferred_role: Role | None = None
+    preferred_group: str | None = None
+    """The role and group that its settings ask for."""
     epoch: int
     term: int = 0
-    """Of the leader whose order it followed last."""
+    """The term of the leader whose order it followed last."""
     state: InstanceState
+    state_version: int = 0
     engine: EngineKind = "torch"
     model: str
     """The name clients use."""
     model_path: str = ""
     """The folder or hub id of its weights."""
     fingerprint: str
-    """Of weights, dtype and KV layout: instances with equal fingerprints can hand requests to each other."""
+    """Hash of weights, dtype and KV layout. KV can move between instances with equal fingerprints."""
     max_model_len: int
     kv_host: str
     kv_port: int
     slots_total: int
     slots_used: int
     slots_leased: int = 0
-    """Those of them whose KV waits to be fetched."""
+    """Slots of requests whose KV waits to be fetched."""
     blocks_total: int
     blocks_free: int
-    """Those that can be taken, cached ones among them."""
+    """Blocks that can be allocated, including cached ones."""
     blocks_cached: int = 0
     cache_query_tokens: int = 0
-    """Tokens of all sequences that blocks were taken for, since the start."""
+    """Tokens of all sequences for which blocks were allocated, since the start."""
     cache_hit_tokens: int = 0
-    """Those of them whose blocks were there."""
+    """Those of them whose blocks were in the prefix cache."""
+    prefill_token_s: float = 0.0
+    """Measured seconds of prefill for each uncomputed token; 0 until something was measured."""
+    prefill_pair_s: float = 0.0
+    """Measured seconds of prefill for each pair of tokens that attend to each other, in addition."""
+    max_step_tokens: int = 512
+    """The token budget of one engine step."""
     work: Work = Work()
     admissions: Admissions = Admissions()
     on_demand: bool = False
-    """Whether it was started because a controller asked for it, and may be ended again."""
+    """Whether a controller asked for it to be started, and may end it again."""
     problem: str | None = None
     """Why the last order could not be followed."""
 
 
 class Traffic(BaseModel):
-    """One group's requests in one gateway: how many are there now, and sums since the gateway started."""
+    """One group's requests in one gateway: the current number, and sums since the gateway started."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     open: int = 0
-    """All that have arrived and not ended, waiting ones among them."""
+    """Requests that have arrived and not ended, including waiting ones."""
     waiting_prefill: int = 0
     waiting_decode: int = 0
     num_arrived: int = 0
     num_done: int = 0
     num_shed: int = 0
-    """Ended early with 429 or 503."""
+    """Requests that ended early with 429 or 503."""
     num_first_tokens: int = 0
     num_in_time: int = 0
     """First tokens within the TTFT objective."""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    """Of those that are done."""
+    """Summed over finished requests."""
     ttft_s: float = 0.0
     e2e_s: float = 0.0
-    """Of those that are done."""
+    """Summed over finished requests."""
 
 
 class LabelTraffic(BaseModel):
-    """Requests that named no scenario and were given this label, summed since the gateway started, all done."""
+    """Finished requests that named no scenario and were given this label, summed since the gateway started."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -143,22 +154,26 @@ class LabelTraffic(BaseModel):
     prompt_tokens: int = 0
     output_tokens: int = 0
     shared_prefix_tokens: int = 0
-    """Leading tokens that their prompts have in common."""
+    """Leading tokens that their prompts share."""
 
 
 class GatewayRecord(Record):
-    """One gateway, where it serves HTTP, and its requests by group."""
+    """One gateway, the address of its HTTP API, and its requests by group."""
 
     address: str
     open_requests: int
     waiting_requests: int
     traffic: dict[str, Traffic] = Field(default_factory=dict)
     labels: dict[str, LabelTraffic] = Field(default_factory=dict)
-    """By label; an empty one is for requests that got none."""
+    """By label; the empty label counts requests without one."""
+    failures: dict[str, int] = Field(default_factory=dict)
+    """Failed attempts in the last minute, by instance id."""
+    link_failures: dict[str, int] = Field(default_factory=dict)
+    """Failed KV transfers in the last minute, by `<source instance>><target instance>`."""
 
 
 class Member(BaseModel):
-    """An instance as its group's map has it."""
+    """An instance's entry in its group's map."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -171,9 +186,9 @@ class Member(BaseModel):
 
 
 class GroupMap(BaseModel):
-    """Who serves a scenario: the instances that gateways may ask. `version` grows with every change.
+    """The instances of a group, which gateways may ask for its scenario. `version` grows with every change.
 
-    Objectives are in seconds; None is none.
+    Objectives are in seconds; None means no objective.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -186,11 +201,11 @@ class GroupMap(BaseModel):
     ttft_s: float | None = None
     tpot_s: float | None = None
     finds_scenarios: bool = False
-    """Whether gateways label requests that name no scenario: said by the map of the default group."""
+    """Whether gateways label requests that name no scenario; only the default group's map sets it."""
     model_path: str | None = None
-    """The weights that members are to have, if an upgrade has said so; None is whatever they come with."""
+    """The weights that members must have after an upgrade; None accepts the weights they start with."""
     next_model_path: str | None = None
-    """Those that an upgrade under way gives them."""
+    """The weights that an upgrade under way gives them."""
     members: tuple[Member, ...] = ()
 
     def of(self, role: Role) -> list[Member]:

@@ -11,7 +11,7 @@ from pdserve.servers import Servers
 from shared.bus import connection
 from shared.bus.connection import Bus, Incoming
 from shared.errors import BusUnavailable, DeadlineExceeded, InvalidRequest, PeerUnavailable
-from shared.messages.serving import Answer, Cancel
+from shared.messages.serving import AskReply, Cancel
 from tests.harness import eventually, free_port
 
 
@@ -24,18 +24,18 @@ async def test_a_request_carries_its_deadline_and_gets_a_typed_answer(nats_url: 
 
     async def answer(incoming: Incoming) -> None:
         heard.append(incoming)
-        await incoming.respond(Answer(accepted=False, reason="no_slot"))
+        await incoming.respond(AskReply(accepted=False, reason="no_slot"))
 
     async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
         await bus.subscribe("there", answer)
         deadline = time.time() + 10
-        reply = await bus.request("there", Note(number=3), Answer, timeout_s=5.0, deadline=deadline)
-        assert reply == Answer(accepted=False, reason="no_slot")
+        reply = await bus.request("there", Note(number=3), AskReply, timeout_s=5.0, deadline=deadline)
+        assert reply == AskReply(accepted=False, reason="no_slot")
         assert heard[0].parse(Note) == Note(number=3)
         assert heard[0].deadline == pytest.approx(deadline, abs=1e-5)
         assert float(heard[0].headers["Pd-Sent"]) <= time.time()
         with pytest.raises(DeadlineExceeded):
-            await bus.request("there", Note(number=3), Answer, timeout_s=5.0, deadline=time.time() - 1)
+            await bus.request("there", Note(number=3), AskReply, timeout_s=5.0, deadline=time.time() - 1)
 
 
 async def test_nobody_and_silence_are_a_peer_that_is_unavailable(nats_url: str) -> None:
@@ -45,15 +45,15 @@ async def test_nobody_and_silence_are_a_peer_that_is_unavailable(nats_url: str) 
     async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
         await bus.subscribe("silent", say_nothing)
         with pytest.raises(PeerUnavailable, match="nobody listens"):
-            await bus.request("nobody", Note(number=1), Answer, timeout_s=5.0)
+            await bus.request("nobody", Note(number=1), AskReply, timeout_s=5.0)
         with pytest.raises(PeerUnavailable, match="no answer"):
-            await bus.request("silent", Note(number=1), Answer, timeout_s=0.05)
+            await bus.request("silent", Note(number=1), AskReply, timeout_s=0.05)
 
 
 async def test_a_message_that_is_too_large_says_so(nats_url: str) -> None:
     async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
         with pytest.raises(InvalidRequest, match="raise max_payload"):
-            await bus.request("x", Cancel(request_ids=["y" * bus.max_payload]), Answer, timeout_s=5.0)
+            await bus.request("x", Cancel(request_ids=["y" * bus.max_payload]), AskReply, timeout_s=5.0)
 
 
 async def test_a_message_of_another_form_names_its_first_fault(nats_url: str) -> None:
@@ -111,11 +111,11 @@ async def test_a_request_can_be_cancelled_at_any_moment(nats_url: str) -> None:
     dice = random.Random(0)
 
     async def answer(incoming: Incoming) -> None:
-        await incoming.respond(Answer(accepted=True))
+        await incoming.respond(AskReply(accepted=True))
 
     async def ask_for_ever(bus: Bus) -> None:
         while True:
-            await bus.request("there", Note(number=1), Answer, timeout_s=5.0)
+            await bus.request("there", Note(number=1), AskReply, timeout_s=5.0)
 
     async with connection.connect(nats_url, name="a", timeout_s=5.0) as bus:
         await bus.subscribe("there", answer)

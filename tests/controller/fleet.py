@@ -24,7 +24,7 @@ from shared.groups import GroupSpec
 from shared.messages.control import Assign, Assigned
 from shared.messages.records import InstanceRecord, Member, Role
 from shared.messages.serving import (
-    Answer,
+    AskReply,
     Cancel,
     DecodeRequest,
     Failed,
@@ -136,13 +136,13 @@ class Fake:
         role: Role = "prefill" if isinstance(request, PrefillRequest) else "decode"
         is_right = (request.epoch, role) == (self.record.epoch, self.record.role) and self.record.state == "ready"
         if not is_right or role == self.refuses_as:
-            await incoming.respond(Answer(accepted=False, reason="no_slot" if is_right else "wrong_epoch"))
+            await incoming.respond(AskReply(accepted=False, reason="no_slot" if is_right else "wrong_epoch"))
             return
         if self.num_full > 0:
             self.num_full -= 1
-            await incoming.respond(Answer(accepted=False, reason="no_blocks"))
+            await incoming.respond(AskReply(accepted=False, reason="no_blocks"))
             return
-        await incoming.respond(Answer(accepted=True))
+        await incoming.respond(AskReply(accepted=True))
         if role == self.fails_as:
             error = ErrorBody(code="instance_failed", message="as the test wants it")
             await self._tell(

@@ -86,7 +86,7 @@ def test_a_wish_counts_once() -> None:
 
 def test_a_wish_for_a_group_that_is_not_there_now_has_to_wait() -> None:
     """The plan of the day may have it at no replicas."""
-    wishing = newcomer("n1", "decode", wish_group="night")
+    wishing = newcomer("n1", "decode", preferred_group="night")
     assert steps(situation([wishing], map_of("chat", serving("p1", "prefill"), serving("d1", "decode")))) == [
         Remove("p1", "it is gone"),
         Remove("d1", "it is gone"),
@@ -236,8 +236,8 @@ def any_record(draw: st.DrawFn, name: str) -> InstanceRecord:
         role=place.role if place else None,
         group=place.group if place else None,
         epoch=draw(st.integers(1, 2)) if place else draw(st.integers(0, 2)),
-        wish_role=wish.role if wish else None,
-        wish_group=wish.group if wish else None,
+        preferred_role=wish.role if wish else None,
+        preferred_group=wish.group if wish else None,
         started_at=float(draw(st.integers(0, 3))),
     )
 

@@ -26,7 +26,9 @@ def prefill(at: float, name: str = "p1", **changes: object) -> InstanceRecord:
         "slots_total": 8,
         "slots_leased": 2,
         "work": Work(prefill_s=0.1 * number, num_prefilled=number, prefill_tokens=100 * number),
-        "admissions": Admissions(num_accepted=number, num_refused=2 * int(at), num_ended=number, held_s=0.6 * number),
+        "admissions": Admissions(
+            num_accepted=number, num_rejected=2 * int(at), num_ended=number, occupied_s=0.6 * number
+        ),
     }
     return serving(name, "prefill", **values | changes)
 
@@ -37,7 +39,7 @@ def decode(at: float, name: str = "d1", **changes: object) -> InstanceRecord:
     values: dict[str, object] = {
         "slots_total": 64,
         "work": work([(10, 0.02)] * number),
-        "admissions": Admissions(num_refused=int(at), num_ended=int(4 * at), held_s=1.0 * int(4 * at)),
+        "admissions": Admissions(num_rejected=int(at), num_ended=int(4 * at), occupied_s=1.0 * int(4 * at)),
     }
     return serving(name, "decode", **values | changes)
 

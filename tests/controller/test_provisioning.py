@@ -104,7 +104,7 @@ async def test_wishes_go_over_the_bus(nats_url: str) -> None:
 
     async def answer(incoming: Incoming) -> None:
         heard.append(incoming.parse(Provision))
-        await incoming.respond(Provisioned(started=heard[-1].start - 1, room=0))
+        await incoming.respond(Provisioned(started=heard[-1].start - 1, capacity=0))
 
     async with connection.connect(nats_url, name="c", timeout_s=5.0) as bus:
         stop = await bus.subscribe(subjects.PROVISION, answer)

@@ -276,11 +276,11 @@ def test_rules_say_nothing_while_nobody_waits() -> None:
     assert Run().see(replace(UNKNOWN, num_waiting=20.0, num_leased=12.0), 60) == []
 
 
-@pytest.mark.parametrize(("held_s", "number"), [(2.0, 1), (0.3, -1)])
-def test_times_alone(held_s: float, number: int) -> None:
+@pytest.mark.parametrize(("occupied_s", "number"), [(2.0, 1), (0.3, -1)])
+def test_times_alone(occupied_s: float, number: int) -> None:
     run = Run()
     assert run.see(replace(UNKNOWN, e2e_s=4.0, held_prefill_s=1.0), 30) == []
-    (move,) = run.see(replace(UNKNOWN, e2e_s=5.0, held_prefill_s=held_s), 6)
+    (move,) = run.see(replace(UNKNOWN, e2e_s=5.0, held_prefill_s=occupied_s), 6)
     assert signed(move) == number
     assert "E2E went from 4 to 5 s" in move.reason
 

@@ -7,9 +7,9 @@ import pytest
 
 from services.controller import workflows
 from services.controller.policy.membership import Place
-from shared.messages.control import Assign, Assigned, OrderRefusal
+from shared.messages.control import Assign, Assigned, OrderRejection
 from shared.messages.records import Role
-from shared.messages.serving import Answer, DecodeRequest, PrefillRequest
+from shared.messages.serving import AskReply, DecodeRequest, PrefillRequest
 from tests.controller.fleet import Fleet, fleet
 from tests.controller.world import member, serving
 from tests.harness import eventually
@@ -264,11 +264,11 @@ async def test_one_that_died_before_gets_no_order(nats_url: str, redis_url: str)
         assert s1.orders == []
 
 
-REFUSALS: list[OrderRefusal] = ["old_term", "old_epoch", "busy", "draining"]
+REFUSALS: list[OrderRejection] = ["old_term", "old_epoch", "busy", "draining"]
 
 
 @pytest.mark.parametrize("reason", REFUSALS)
-async def test_a_refused_order_fails(nats_url: str, redis_url: str, reason: OrderRefusal) -> None:
+async def test_a_refused_order_fails(nats_url: str, redis_url: str, reason: OrderRejection) -> None:
     """A spare stays one; a member is asked to be what it was."""
     async with fleet(nats_url, redis_url) as made:
         refusal = Assigned(accepted=False, reason=reason)
@@ -296,7 +296,7 @@ async def test_an_order_that_nobody_answers_fails(
 async def test_an_answer_that_cannot_be_read_fails_the_workflow_alone(nats_url: str, redis_url: str) -> None:
     """As of another version: the controller lives."""
     async with fleet(nats_url, redis_url) as made:
-        await made.add_spare("s1", answers=[Answer(accepted=False, reason="no_slot")])
+        await made.add_spare("s1", answers=[AskReply(accepted=False, reason="no_slot")])
         assert (await made.assign("s1", DECODE)).startswith("failed: ")
         await made.add_spare("s2")
         assert await made.assign("s2", DECODE) == "done"

@@ -12,7 +12,7 @@ def spare(name: str, **changes: object) -> InstanceRecord:
 
 def newcomer(name: str, role: Role, **changes: object) -> InstanceRecord:
     """One that has not been anything yet, and wishes to play a role in the group chat."""
-    return spare(name, **{"wish_role": role, "wish_group": "chat"} | changes)
+    return spare(name, **{"preferred_role": role, "preferred_group": "chat"} | changes)
 
 
 def serving(name: str, role: Role, **changes: object) -> InstanceRecord:

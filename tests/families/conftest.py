@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @dataclass(slots=True, frozen=True)
-class Answer:
+class AskReply:
     """What `generate` says: tokens, and log-probabilities [NUM_TOKENS, V]."""
 
     token_ids: list[int]
@@ -45,7 +45,7 @@ class Case:
     folder: str
     served: Served
     measured: Measured
-    answers: dict[tuple[int, ...], Answer] = field(default_factory=dict)
+    answers: dict[tuple[int, ...], AskReply] = field(default_factory=dict)
 
     def prompt(self, length: int, start: Sequence[int] = ()) -> list[int]:
         """A prompt that begins with `start` and goes on with `length` tokens, whose answer is clear."""
@@ -56,7 +56,7 @@ class Case:
                 return prompt
         raise AssertionError("no prompt has a clear answer")
 
-    def answer(self, prompt: list[int]) -> Answer:
+    def answer(self, prompt: list[int]) -> AskReply:
         key = tuple(prompt)
         if key not in self.answers:
             self.answers[key] = generate(self.served.plain, prompt)
@@ -74,7 +74,7 @@ class Case:
 
 
 @torch.inference_mode()
-def generate(plain: PreTrainedModel, prompt: list[int]) -> Answer:
+def generate(plain: PreTrainedModel, prompt: list[int]) -> AskReply:
     """Greedy tokens and their log-probabilities, from transformers' own `generate`."""
     plain.generation_config.eos_token_id = None  # a model that ends by itself would end the comparison, too
     generation = GenerationConfig(
@@ -83,7 +83,7 @@ def generate(plain: PreTrainedModel, prompt: list[int]) -> Answer:
     token_ids = torch.tensor([prompt])
     output = plain.generate(token_ids, attention_mask=torch.ones_like(token_ids), generation_config=generation)
     logprobs = torch.cat(output.logits).float().log_softmax(-1)
-    return Answer(output.sequences[0, len(prompt) :].tolist(), logprobs)
+    return AskReply(output.sequences[0, len(prompt) :].tolist(), logprobs)
 
 
 @torch.no_grad()

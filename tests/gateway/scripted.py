@@ -16,7 +16,7 @@ from shared.errors import ErrorBody, RequestError
 from shared.messages.generate_api import Priority
 from shared.messages.records import GroupMap, InstanceRecord, Member, Role
 from shared.messages.serving import (
-    Answer,
+    AskReply,
     Cancel,
     DecodeRequest,
     Failed,
@@ -48,7 +48,7 @@ class Scripted:
 
     bus: Bus
     record: InstanceRecord
-    answers: list[Answer | None] = field(default_factory=list)
+    answers: list[AskReply | None] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -60,7 +60,7 @@ class Scripted:
             return
         request = incoming.parse(PrefillRequest if verb == "prefill" else DecodeRequest)
         self.requests.append(request)
-        answer = self.answers.pop(0) if self.answers else Answer(accepted=True)
+        answer = self.answers.pop(0) if self.answers else AskReply(accepted=True)
         if answer is None:
             return
         await incoming.respond(answer)
@@ -181,7 +181,7 @@ class Fleet:
         self,
         name: str,
         role: Role,
-        *answers: Answer | None,
+        *answers: AskReply | None,
         kind: type[Scripted] = Scripted,
         group: Group | None = None,
         **changes: object,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import policy
-from services.gateway.affinity import AT_MOST, BLOCK, Affinity, prefix_keys, shares
+from services.gateway.prefix_affinity import AT_MOST, BLOCK, Affinity, prefix_keys, shares
 from tests.registry.test_view import record
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)

@@ -9,13 +9,13 @@ from services.gateway import attempt as attempt_module
 from services.gateway.api import FirstToken
 from services.gateway.costs import ENOUGH, LOCAL_AT_MOST, MEASURE_EVERY
 from shared.bus.connection import Incoming
-from shared.messages.serving import Answer, DecodeRequest, StepTokens
+from shared.messages.serving import AskReply, DecodeRequest, StepTokens
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Request, Scripted, expected, fleet, token_of
 from tests.harness import eventually
 
 PROMPT = [3, 1, 4, 1, 5]
-NO_SLOT = Answer(accepted=False, reason="no_slot")
+NO_SLOT = AskReply(accepted=False, reason="no_slot")
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ async def test_one_that_accepts_too_late_is_told_to_cancel_and_not_heard(nats_ur
                 request = incoming.parse(DecodeRequest)
                 self.requests.append(request)
                 await eventually(lambda: prefill.requests)
-                await incoming.respond(Answer(accepted=True))
+                await incoming.respond(AskReply(accepted=True))
                 return await self.serve(request)
             return await super().handle(incoming)
 

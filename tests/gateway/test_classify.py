@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import classify
-from services.gateway.affinity import prefix_keys
-from services.gateway.classify import Classifier
+from services.gateway.prefix_affinity import prefix_keys
+from services.gateway.scenario_labels import Classifier
 
 NAME = re.compile(r"auto-[A-Za-z0-9_-]+")
 MANY = 10**6

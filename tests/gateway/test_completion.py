@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from services.gateway.completion import TextDelta, complete
+from shared.text.text_stream import TextDelta, complete
 from shared.errors import InstanceFailed, Overloaded
 from shared.messages.serving import FinishReason, OutputToken
 from shared.text.tokenizer import Tokenizer

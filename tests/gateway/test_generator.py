@@ -12,13 +12,13 @@ from shared.bus import subjects
 from shared.bus.connection import Incoming
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
 from shared.messages.records import Role
-from shared.messages.serving import Answer, DecodeRequest, PrefillRequest, StepTokens
+from shared.messages.serving import AskReply, DecodeRequest, PrefillRequest, StepTokens
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Request, Scripted, expected, fleet, token_of
 from tests.harness import eventually
 
 PROMPT = [3, 1, 4, 1, 5]
-NO_SLOT = Answer(accepted=False, reason="no_slot")
+NO_SLOT = AskReply(accepted=False, reason="no_slot")
 
 
 async def test_prefill_then_decode(nats_url: str) -> None:
@@ -464,10 +464,10 @@ async def test_whoever_waits_for_decode_begins_anew_when_who_keeps_its_kv_fails(
         assert (first.token_ids, again.token_ids) == (PROMPT, PROMPT + expected(PROMPT, 1))
         await eventually(lambda: prefill.cancelled == [first.request_id])
         await eventually(lambda: decode.requests[-1].request_id == again.request_id)
-        num_refused = len(decode.requests)
+        num_rejected = len(decode.requests)
         decode.answers.clear()
         assert await work == expected(PROMPT, 8)
-        assert {request.request_id for request in decode.requests[num_refused:]} == {again.request_id}
+        assert {request.request_id for request in decode.requests[num_rejected:]} == {again.request_id}
         assert one.group.decode_line.num_waiting == 0
 
 
@@ -487,7 +487,7 @@ async def test_a_stream_whose_weights_are_served_no_more_is_told_so(nats_url: st
 
 async def test_who_waits_for_prefill_when_its_weights_are_left_at_decode_only_goes_there(nats_url: str) -> None:
     async with fleet(nats_url, instance_wait_s=0.3) as one:
-        prefill = await one.add("p1", "prefill", Answer(accepted=True), *[NO_SLOT] * 10_000, fingerprint="old")
+        prefill = await one.add("p1", "prefill", AskReply(accepted=True), *[NO_SLOT] * 10_000, fingerprint="old")
         decode = await one.add("d1", "decode", kind=FailsAfter, fingerprint="old")
         work = asyncio.create_task(one.generate(PROMPT))
         await eventually(lambda: len(prefill.requests) > 1)

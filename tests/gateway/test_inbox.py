@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.servers import Servers
 from services.gateway import inbox as inbox_module
-from services.gateway.inbox import Inbox
+from shared.bus.reply_inbox import Inbox
 from shared.bus import connection
 from shared.bus.connection import Incoming
 from shared.messages.generate_api import GenerateChunk

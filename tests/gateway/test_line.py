@@ -13,14 +13,14 @@ from services.gateway.line import Accepted, NobodyHere, TooLate, Wish
 from shared.bus.connection import Incoming
 from shared.errors import InstanceFailed, NoInstance, Overloaded
 from shared.messages.records import InstanceRecord
-from shared.messages.serving import Answer, PrefillRequest
+from shared.messages.serving import AskReply, PrefillRequest
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Scripted, expected, fleet
 from tests.harness import eventually
 
 PROMPT = [3, 1, 4, 1, 5]
-NO_SLOT = Answer(accepted=False, reason="no_slot")
-NO_TIME = Answer(accepted=False, reason="no_time")
+NO_SLOT = AskReply(accepted=False, reason="no_slot")
+NO_TIME = AskReply(accepted=False, reason="no_time")
 FULL = [NO_SLOT] * 10_000
 
 
@@ -104,11 +104,11 @@ async def test_it_is_served_by_kind_then_by_deadline(nats_url: str) -> None:
             await join(one, wish(1, has_begun=True, within_s=58)),
         ]
         await eventually(lambda: numbers(prefill)[-1] == 1)
-        num_refused = len(prefill.requests)
+        num_rejected = len(prefill.requests)
         prefill.answers.clear()
         await asyncio.gather(*waiting)
         # The one whose question was on its way may have been refused once more.
-        assert list(dict.fromkeys(numbers(prefill)[num_refused - 1 :])) == [1, 2, 3, 4, 5, 6]
+        assert list(dict.fromkeys(numbers(prefill)[num_rejected - 1 :])) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -345,12 +345,12 @@ async def test_among_unlike_weights_each_line_keeps_its_order(nats_url: str) -> 
         del one.instances["p1"]
         new.record = new.record.model_copy(update={"fingerprint": "old"})
         await eventually(lambda: numbers(new)[-1] == 0)
-        num_refused = len(new.requests)
-        await eventually(lambda: set(numbers(new)[num_refused:]) == {0})
-        num_refused = len(new.requests)
+        num_rejected = len(new.requests)
+        await eventually(lambda: set(numbers(new)[num_rejected:]) == {0})
+        num_rejected = len(new.requests)
         new.answers.clear()
         await asyncio.gather(*waiting[:6])
-        assert list(dict.fromkeys(numbers(new)[num_refused - 1 :])) == [0, 1, 2, 3, 14, 15]
+        assert list(dict.fromkeys(numbers(new)[num_rejected - 1 :])) == [0, 1, 2, 3, 14, 15]
         assert not any(task.done() for task in waiting[6:])
         new.record = new.record.model_copy(update={"fingerprint": "new"})
         await asyncio.gather(*waiting)
@@ -365,7 +365,7 @@ async def test_a_hint_wakes_every_head(nats_url: str, only_hints: None) -> None:
             self.requests.append(incoming.parse(PrefillRequest))
             if len(self.requests) == 1:
                 await let.wait()
-            await incoming.respond(Answer(accepted=len(self.requests) > 1, reason="no_slot"))
+            await incoming.respond(AskReply(accepted=len(self.requests) > 1, reason="no_slot"))
 
     let = asyncio.Event()
     async with fleet(nats_url, answer_timeout_s=30.0) as one:

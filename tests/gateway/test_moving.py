@@ -7,13 +7,13 @@ from contextlib import aclosing
 import pytest
 
 from services.gateway.streams import AttemptFailed
-from shared.messages.serving import Answer, DecodeRequest
+from shared.messages.serving import AskReply, DecodeRequest
 from shared.sampling import SamplingParams
 from tests.gateway.scripted import Fleet, Request, Scripted, expected, fleet
 from tests.harness import eventually
 
 PROMPT = [3, 1, 4, 1, 5]
-NO_SLOT = Answer(accepted=False, reason="no_slot")
+NO_SLOT = AskReply(accepted=False, reason="no_slot")
 
 
 class Moves(Scripted):

@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from pdserve.servers import Servers
 from services.gateway import inbox, nats_api
 from services.gateway.api import ApiContext
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.telemetry import GatewayMetrics
 from services.gateway.nats_api import NatsApi
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming

@@ -14,7 +14,7 @@ from services.gateway.service import Gateway
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
 from shared.messages.records import GroupMap, Member, Role, Traffic
-from shared.messages.serving import Answer, Free, PrefillRequest
+from shared.messages.serving import AskReply, PrefillRequest, SlotFreed
 from shared.process import Lifetime
 from shared.registry import registry
 from shared.registry.registry import Lead, Registry
@@ -25,7 +25,7 @@ from tests.gateway.scripted import Scripted, member
 from tests.harness import eventually, free_port
 from tests.registry.test_view import record
 
-NO_SLOT = Answer(accepted=False, reason="no_slot")
+NO_SLOT = AskReply(accepted=False, reason="no_slot")
 PROMPT = [10] * 20
 
 
@@ -39,7 +39,7 @@ class Served:
     lead: Lead
     maps: dict[str, GroupMap] = field(default_factory=dict)
 
-    async def add(self, group: str, name: str, role: Role, *answers: Answer) -> Scripted:
+    async def add(self, group: str, name: str, role: Role, *answers: AskReply) -> Scripted:
         """An instance that is in its group's map."""
         one = Scripted(self.bus, record(name, role=role, group=group, max_model_len=1000), list(answers))
         await self.bus.subscribe(subjects.instance(name, ">"), one.handle)
@@ -206,11 +206,11 @@ async def test_a_slot_that_becomes_free_is_told_to_the_line_that_it_is_for(one: 
         waiting = asyncio.create_task(one.complete())
         await eventually(lambda refusing=refusing, n=num_before: len(refusing.requests) == n + 1)
         for group, freed in (("chat", role), ("nobody", role), ("default", wrong)):
-            await refusing.tell("free", Free(instance_id="x", group=group, role=freed))
+            await refusing.tell("slot_freed", SlotFreed(instance_id="x", group=group, role=freed))
         await refusing.bus.flush()
         assert await one.is_ready()
         assert len(refusing.requests) == num_before + 1
-        await refusing.tell("free", Free(instance_id="x", group="default", role=role))
+        await refusing.tell("slot_freed", SlotFreed(instance_id="x", group="default", role=role))
         assert (await waiting).status_code == 200
         assert len(refusing.requests) == num_before + 2
 

@@ -13,7 +13,7 @@ from shared.instance.admission import (
     refusal,
     room_refusal,
 )
-from shared.messages.serving import RefusalReason
+from shared.messages.serving import RejectionReason
 
 REQUEST = RequestFacts(epoch=1, fingerprint="f", is_held=False, deadline=100.0)
 INSTANCE = InstanceFacts(epoch=1, fingerprint="f", draining=False, slots_free=1, now=50.0)
@@ -36,7 +36,7 @@ def test_it_accepts_what_it_has_room_for() -> None:
     ],
 )
 def test_it_refuses(
-    request_change: dict[str, object], instance_change: dict[str, object], reason: RefusalReason
+    request_change: dict[str, object], instance_change: dict[str, object], reason: RejectionReason
 ) -> None:
     assert refusal(replace(REQUEST, **request_change), replace(INSTANCE, **instance_change)) == reason  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def test_it_refuses(
         (BlockNeeds(alone=11, now=1), "too_long"),
     ],
 )
-def test_it_refuses_what_it_has_no_room_for(needs: BlockNeeds, reason: RefusalReason | None) -> None:
+def test_it_refuses_what_it_has_no_room_for(needs: BlockNeeds, reason: RejectionReason | None) -> None:
     assert room_refusal(needs, BlockSupply(total=10, free=4)) == reason
 
 

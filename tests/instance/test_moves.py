@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from shared.instance import pace as pace_module
-from shared.messages.serving import Answer, PrefillRequest, RefusalReason
+from shared.messages.serving import AskReply, PrefillRequest, RejectionReason
 from tests.engine.models import Served, prompt_of
 from tests.instance.world import PATIENT_S, Instance, Message, Request, World, world
 
@@ -358,7 +358,7 @@ def test_a_canary_needs_blocks_like_all_and_waits_for_no_hint(small_blocks: Serv
             await one.ask()
             assert canary.where == "waits for prefill"
             assert not one.prefill.role._refused
-            assert one.prefill.role.num_refused == 1
+            assert one.prefill.role.num_rejected == 1
 
     asyncio.run(live())
 
@@ -372,7 +372,7 @@ def test_who_was_refused_first_is_told_first_and_one_for_each_slot(small_blocks:
                 request.expected = small_blocks.greedy(request.prompt, 1)
             for _ in range(2):
                 await one.ask()
-            assert one.prefill.role.num_refused == 6
+            assert one.prefill.role.num_rejected == 6
             for told in (["b"], ["b", "a"], ["b", "a"]):
                 one.cancel(next(request for request in requests if request.where == "is prefilled"))
                 await one.settle()
@@ -414,7 +414,7 @@ def test_what_the_role_before_lets_go_of_is_room_for_the_next(small_blocks: Serv
     ],
 )
 def test_a_prompt_that_would_come_too_late_is_refused(
-    small_blocks: Served, token_s: float, held: int, by_s: float | None, reason: RefusalReason | None
+    small_blocks: Served, token_s: float, held: int, by_s: float | None, reason: RejectionReason | None
 ) -> None:
     """A prompt of 40 tokens behind `held` others of as many, at `token_s` seconds a token."""
 
@@ -426,7 +426,7 @@ def test_a_prompt_that_would_come_too_late_is_refused(
             assert all(request.where == "is prefilled" for request in requests)
             answer = await asked(one, one.arrive(prompt_of(40, seed=20), [0]), by_s)
             assert (answer.accepted, answer.reason) == (reason is None, reason)
-            assert one.prefill.role.num_refused == (reason is not None)
+            assert one.prefill.role.num_rejected == (reason is not None)
             assert not one.prefill.role._refused, "a hint is of no use to it"
             for request in one.requests:
                 request.holders.add(one.prefill)
@@ -476,7 +476,7 @@ def slow(one: World, token_s: float) -> None:
     one.prefill.role._pace.took(0.0, 0.0)  # type: ignore[attr-defined]
 
 
-async def asked(one: World, request: Request, by_s: float | None) -> Answer:
+async def asked(one: World, request: Request, by_s: float | None) -> AskReply:
     """The prefill instance's answer to a request whose first token is due in so many seconds."""
     message = one._message(request, "prefill", one.prefill)
     assert isinstance(message, PrefillRequest)

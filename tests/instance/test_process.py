@@ -22,7 +22,7 @@ from shared.messages.control import Assign, Assigned
 from shared.messages.records import InstanceRecord
 from shared.messages.records import Role as RoleName
 from shared.messages.serving import (
-    Answer,
+    AskReply,
     Cancel,
     DecodeRequest,
     Failed,
@@ -220,7 +220,7 @@ class Request:
             for token in event.tokens:
                 self._take(token)
 
-    async def ask(self, name: str, role: RoleName) -> Answer:
+    async def ask(self, name: str, role: RoleName) -> AskReply:
         record = self.cluster.records.last[name]
         common = {
             "request_id": self.request_id,
@@ -233,7 +233,7 @@ class Request:
         }
         message = PrefillRequest(**common) if role == "prefill" else DecodeRequest(**common, lease=self.lease)
         answer = await self.cluster.bus.send(name, role, message)
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, AskReply)
         return answer
 
     async def cancel(self, name: str) -> None:

@@ -33,16 +33,16 @@ from shared.kv.holder import Lease
 from shared.messages.control import Assign, Assigned
 from shared.messages.records import Role as RoleName
 from shared.messages.serving import (
-    Answer,
+    AskReply,
     Cancel,
     DecodeRequest,
     Failed,
-    Free,
     KVLease,
     Moved,
     OutputToken,
     Prefilled,
     PrefillRequest,
+    SlotFreed,
     StepTokens,
 )
 from shared.sampling import SamplingParams
@@ -382,7 +382,7 @@ class World:
             self._moved(event)
         elif isinstance(event, Failed):
             self._failed(event)
-        elif isinstance(event, Free):
+        elif isinstance(event, SlotFreed):
             self.hints.append((event.instance_id, event.role, gateway_id))
             assert self.hints.count(self.hints[-1]) <= self.refusals[self.hints[-1]], "told without a refusal"
             assert event.group == GROUP
@@ -500,7 +500,7 @@ class World:
         for instance in sorted(playing, key=lambda one: one.role.slots_used):
             request.holders.add(instance)
             message = Message(self._message(request, role, instance))
-            answer: Answer = await instance.role.take(message)  # type: ignore[arg-type]
+            answer: AskReply = await instance.role.take(message)  # type: ignore[arg-type]
             if answer.accepted:
                 assert instance.plays(role)
                 request.where = "is prefilled" if role == "prefill" else "decodes"

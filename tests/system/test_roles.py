@@ -41,7 +41,7 @@ def _two_of_each(system: System) -> Iterator[None]:
     yield
     for one in system.live():
         if one.role is None:
-            answered = wish(system, "flip", instance=one.id, role=one.wish_role, group="default")
+            answered = wish(system, "flip", instance=one.id, role=one.preferred_role, group="default")
             assert answered.ok, answered.message
     wait_until(lambda: system.serving() == {"prefill": 2, "decode": 2} or even_out(system))
     system.wait_until_nothing_is_held()

@@ -171,8 +171,9 @@ def _place_for(
     """A newcomer takes the place of one that was lost in the group of its wish, or the role of its wish; a spare
     without a wish (or whose group is not there now) goes to where the most is lacking of what is declared.
     """
-    if record.epoch == 0 and record.wish_role and record.wish_group and record.wish_group in situation.specs:
-        wish = Place(record.wish_group, record.wish_role)
+    is_new = record.epoch == 0
+    if is_new and record.preferred_role and record.preferred_group and record.preferred_group in situation.specs:
+        wish = Place(record.preferred_group, record.preferred_role)
         vacant = [place for place in situation.vacant if place.group == wish.group]
         if vacant and wish not in vacant:
             return vacant[0], f"a {vacant[0].role} instance of the group was lost"

@@ -67,7 +67,7 @@ def _load(group: GroupMap, window: list[Sample], long: list[Sample]) -> GroupLoa
         num_leased=_mean(_leased(group, one) for one in window),
         arrivals_per_s=traffic.num_arrived / seconds,
         done_per_s=traffic.num_done / seconds,
-        refusals_per_s=(prefill.num_refused + decode.num_refused) / seconds,
+        refusals_per_s=(prefill.num_rejected + decode.num_rejected) / seconds,
         prefill_s=_ratio(prefill.work.prefill_s, traffic.num_first_tokens)
         or _ratio(_Work.of(group.of("prefill"), long[0], last).work.prefill_s, slow.num_first_tokens),
         step_base_s=base_s,
@@ -75,11 +75,11 @@ def _load(group: GroupMap, window: list[Sample], long: list[Sample]) -> GroupLoa
         output_tokens=_output_tokens(decode.work, traffic, slow),
         prefill_busy=_share(prefill.work.prefill_s, seconds * prefill.num_instances),
         decode_busy=_share(decode.work.decode_s + decode.work.prefill_s, seconds * decode.num_instances),
-        held_prefill_s=_ratio(prefill.held_s, prefill.num_ended),
-        held_decode_s=_ratio(decode.held_s, decode.num_ended),
+        held_prefill_s=_ratio(prefill.occupied_s, prefill.num_ended),
+        held_decode_s=_ratio(decode.occupied_s, decode.num_ended),
         e2e_s=_ratio(traffic.e2e_s, traffic.num_done),
         ttft_s=_ratio(traffic.ttft_s, traffic.num_first_tokens),
-        tpot_s=_ratio(decode.held_s, tokens_after_first) if decode.num_ended else None,
+        tpot_s=_ratio(decode.occupied_s, tokens_after_first) if decode.num_ended else None,
     )
 
 
@@ -93,9 +93,9 @@ class _Work:
 
     num_instances: int = 0
     slots: float = 0.0
-    num_refused: int = 0
+    num_rejected: int = 0
     num_ended: int = 0
-    held_s: float = 0.0
+    occupied_s: float = 0.0
     work: Work = field(default_factory=Work)
 
     @classmethod
@@ -104,9 +104,9 @@ class _Work:
         slots = [last.instances[one.instance_id].slots_total for one in members if one.instance_id in last.instances]
         total.slots = _mean(slots)
         for before, after in _pairs(members, first, last):
-            total.num_refused += after.admissions.num_refused - before.admissions.num_refused
+            total.num_rejected += after.admissions.num_rejected - before.admissions.num_rejected
             total.num_ended += after.admissions.num_ended - before.admissions.num_ended
-            total.held_s += after.admissions.held_s - before.admissions.held_s
+            total.occupied_s += after.admissions.occupied_s - before.admissions.occupied_s
             total.work = _plus(total.work, _minus(after.work, before.work))
         return total
 

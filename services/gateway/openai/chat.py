@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from services.gateway.api import ApiContext, check_model
-from services.gateway.completion import TextDelta
+from shared.text.text_stream import TextDelta
 from services.gateway.openai.body import parse
 from services.gateway.openai.job import Collected, Job, Json, Usage, check_num_choices, make_job
 from services.gateway.openai.logprobs import chat_logprobs

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.api import ApiContext
-from services.gateway.completion import TextDelta, complete
-from services.gateway.metrics import ChoiceTimer
+from shared.text.text_stream import TextDelta, complete
+from services.gateway.telemetry import ChoiceTimer
 from services.gateway.openai.body import read_object
 from services.gateway.openai.exchange import Exchange
 from services.gateway.openai.job import Choice, Collected, Job, Usage

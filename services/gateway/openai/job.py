@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.gateway.api import ApiContext
-from services.gateway.completion import TextDelta
+from shared.text.text_stream import TextDelta
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
 from services.gateway.sampling import check_prompt, choice_seed, sampling_params
 from shared.errors import InvalidRequest

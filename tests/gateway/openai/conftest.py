@@ -10,7 +10,7 @@ import uvicorn
 from openai import AsyncOpenAI
 
 from services.gateway.api import ApiContext
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.telemetry import GatewayMetrics
 from services.gateway.openai.app import create_app
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.fake_core import FakeCore

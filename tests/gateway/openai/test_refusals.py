@@ -8,7 +8,7 @@ import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
 from services.gateway.api import ApiContext
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.telemetry import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.gateway.affinity import BLOCK
+from services.gateway.prefix_affinity import BLOCK
 
 PREFIX_TOKENS = (256, 512, 1024, 2048)
 """The lengths of prefixes that make a scenario. Shorter ones are no more than a chat template's."""

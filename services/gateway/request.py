@@ -1,0 +1,227 @@
+"""One request on its way from an API to its last token, and the output through which its tokens reach the client.
+
+The APIs make a `Request` and read its `TokenOutput`; the dispatcher takes it from phase to phase; the event router
+pushes what instances send. Only the methods here change a request. Times are `time.monotonic()` of this process.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shared.errors import DeadlineExceeded, PDServeError, RequestError, SlowClient
+from shared.messages.serving import Moved, OutputToken, Prefilled
+from shared.sampling import SamplingParams
+
+MAX_UNREAD_TOKENS = 16_384
+"""A client that leaves more tokens unread loses its request: unread tokens must not fill the gateway's memory."""
+
+
+class AttemptFailed(PDServeError):
+    """An instance failed a request, and another attempt may succeed.
+
+    Args:
+        instance_id: the instance that failed it, if one did.
+        kv_source_id: the instance from which `instance_id` could not fetch KV, if that was the failure.
+        counts: whether the failure counts against `max_attempts`.
+        in_failed_step: whether the request may or may not have caused the failure: the first time is not counted.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        instance_id: str | None = None,
+        kv_source_id: str | None = None,
+        counts: bool = True,
+        in_failed_step: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.instance_id = instance_id
+        self.kv_source_id = kv_source_id
+        self.counts = counts
+        self.in_failed_step = in_failed_step
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStarted:
+    """The first token of a decode instance has arrived, so it has fetched the KV."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last token has arrived."""
+
+    instance_id: str
+
+
+Event = Prefilled | DecodeStarted | Moved | Finished
+
+
+class TokenOutput:
+    """Tokens of one or several requests (the choices of one client request) that wait for their reader.
+
+    The reader takes everything that has arrived at once, so that it can write it at once.
+    """
+
+    def __init__(self) -> None:
+        self._unread: list[tuple[Request, OutputToken]] = []
+        self._error: RequestError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, request: "Request", token: OutputToken) -> None:
+        """Adds a token. Fails the output when its reader is too far behind."""
+        if len(self._unread) >= MAX_UNREAD_TOKENS:
+            self.fail(SlowClient(f"The client left {MAX_UNREAD_TOKENS} tokens unread: read the stream faster."))
+            return
+        self._unread.append((request, token))
+        self._wake()
+
+    def fail(self, error: RequestError) -> None:
+        """Ends the output with an error, which the reader gets after the tokens before it. The first error stays."""
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    async def read(self) -> "Sequence[tuple[Request, OutputToken]]":
+        """Waits for tokens, and returns all that have arrived since the last call.
+
+        Raises:
+            RequestError: a request failed, and all tokens before that have been read.
+        """
+        while not self._unread:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        unread, self._unread = self._unread, []
+        return unread
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and the tokens generated for it, over all attempts.
+
+    Attributes:
+        id: unique in this deployment; instances see it with the number of the attempt (`attempt_id`).
+        deadline: when the whole request must be done.
+        arrived_at: when its first byte was read.
+        choice: its number among the choices of one client request.
+        scenario: the scenario that the client named or a label that was found; None is the default group's.
+        served_by: the scenario of the group that serves it.
+        fingerprint: the weights it started on. It never continues on others.
+        token_ids: the prompt and what has been generated so far.
+        participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    deadline: float
+    output: TokenOutput
+    arrived_at: float = field(default_factory=time.monotonic)
+    choice: int = 0
+    scenario: str | None = None
+    is_batch: bool = False
+    served_by: str = "default"
+    prefix_keys: tuple[int, ...] = ()
+    fingerprint: str | None = None
+    attempt: int = -1
+    token_ids: list[int] = field(init=False)
+    participants: set[str] = field(default_factory=set)
+    last_event_at: float = field(default_factory=time.monotonic)
+    _events: deque[Event | Exception] = field(default_factory=deque)
+    _waiter: asyncio.Future[None] | None = None
+    _decode_is_new: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def attempt_id(self) -> str:
+        return f"{self.id}.{self.attempt}"
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the client has a token already."""
+        return len(self.token_ids) > len(self.prompt_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
+    def start_attempt(self) -> None:
+        """Begins the next attempt: what instances sent for the previous one is dropped."""
+        self.attempt += 1
+        self._events.clear()
+        self._decode_is_new = False
+        self.last_event_at = time.monotonic()
+
+    def expect_decode(self) -> None:
+        """The next token is the first of another decode instance, which `DecodeStarted` announces."""
+        self._decode_is_new = True
+
+    def push_token(self, instance_id: str, token: OutputToken) -> None:
+        """Takes a token of the current attempt. Duplicates are dropped; a gap fails the attempt."""
+        expected = self.num_output_tokens
+        self.last_event_at = time.monotonic()
+        if self._decode_is_new:
+            self._decode_is_new = False
+            self.push_event(DecodeStarted(instance_id))
+        if token.index != expected:
+            if token.index > expected:
+                message = f"expected token {expected} but received {token.index}: messages were lost"
+                self.push_event(AttemptFailed(message, instance_id=instance_id))
+            return
+        self.token_ids.append(token.token_id)
+        self.output.push(self, token)
+        if token.finish_reason is not None:
+            self.push_event(Finished(instance_id))
+
+    def push_event(self, event: Event | Exception) -> None:
+        """Takes an event that ends a phase of the current attempt, or the reason why the attempt failed."""
+        self.last_event_at = time.monotonic()
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def next_event(self, max_silence_s: float) -> Event:
+        """Waits for the next event.
+
+        Raises:
+            AttemptFailed: an instance failed the attempt, or sent nothing for `max_silence_s`.
+            RequestError: the request failed for good, or its deadline passed.
+        """
+        while not self._events:
+            silent_at = self.last_event_at + max_silence_s
+            if time.monotonic() >= self.deadline:
+                raise DeadlineExceeded("the request's deadline has passed")
+            if time.monotonic() >= silent_at:
+                names = " and ".join(sorted(self.participants))
+                raise AttemptFailed(f"{names} sent nothing for {max_silence_s:g} s")
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                # Tokens move `last_event_at` without a timer of their own: the timer is set again when it has run out.
+                async with asyncio.timeout(max(0.0, min(self.deadline, silent_at) - time.monotonic())):
+                    await self._waiter
+            except TimeoutError:
+                continue
+        event = self._events.popleft()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def failure(self) -> Exception | None:
+        """Why the current attempt has failed, if that is known already; the event stays where it is."""
+        return next((event for event in self._events if isinstance(event, Exception)), None)
