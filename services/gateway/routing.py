@@ -1,0 +1,273 @@
+"""Which waiting request is served next, which can no longer be served in time, and which instance to ask. Pure.
+
+**Order of service.** Prompts are computed one after another, for about as long as estimated, and a first token after
+its deadline is worth nothing. Most first tokens are in time if the waiting requests are taken by deadline, and as long
+as somebody would be late, the longest request so far is set aside: J. M. Moore, "An n job, one machine sequencing
+algorithm for minimizing the number of late jobs", Management Science 15 (1968), in the form of T. J. Hodgson. With
+several instances, each request goes to the one that is free first, which is no longer optimal but close. The order is
+computed anew from what waits at that time, so a request that was set aside comes back when there is time for it.
+
+**Shedding.** A request that was set aside keeps waiting: it is served when nothing else can be. It is shed only when
+it would be late even if it were started immediately (`is_hopeless`).
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
+from math import inf
+from types import MappingProxyType
+from typing import TypeVar
+
+from shared.messages.records import InstanceRecord
+
+STARTED, INTERACTIVE, BATCH = range(3)
+"""Priorities of waiting requests. `STARTED`: the client has tokens already, and every moment is a pause of its stream.
+"""
+DUE_WITHOUT_OBJECTIVE_S = 10.0
+"""A request without a deadline for its first token is served as if it had this one, so that others with deadlines
+cannot overtake it forever. It is neither set aside nor shed."""
+HOPELESS_SHARE = 0.9
+"""A request is hopeless if even this share of its expected time is too long: estimates err, and shedding is final."""
+PREFIX_WEIGHT = 2.0
+"""How many more open requests an instance that has the whole prompt cached may have, and is still asked first."""
+EWMA_ALPHA = 0.1
+"""The weight of each new measurement, once there are enough."""
+MIN_SAMPLES = 20
+"""Measurements needed before an average is used."""
+MIN_MEASURED_TOKENS = 32
+"""Shorter prompts say little about the time per token."""
+MAX_LOCAL_PREFILL_TOKENS = 128
+"""The longest prompt that a decode instance computes itself: the next token of all its requests waits for it."""
+MEASURE_EVERY = 20
+"""One in so many prompts that would be quicker at decode goes to prefill, so that the averages stay current."""
+
+_NO_SHARES: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """What the order of service depends on, for one request. A queue may keep more in a subclass.
+
+    Attributes:
+        arrived_at: seconds on any clock; the same one for all times here.
+        first_token_by: when the prefill instance must have computed the first token; None without an objective.
+        expected_s: how long prefill takes once started (`prefill_s`); 0 if unknown.
+        priority: `STARTED` before all others, `BATCH` after all others.
+    """
+
+    arrived_at: float
+    first_token_by: float | None = None
+    expected_s: float = 0.0
+    priority: int = INTERACTIVE
+
+    @property
+    def due(self) -> tuple[int, float, float]:
+        """The sort key of service without regard to time: priority, deadline, arrival."""
+        if self.priority != INTERACTIVE:
+            return (self.priority, self.arrived_at, self.arrived_at)
+        by = self.first_token_by
+        return (INTERACTIVE, self.arrived_at + DUE_WITHOUT_OBJECTIVE_S if by is None else by, self.arrived_at)
+
+
+AnyWaiting = TypeVar("AnyWaiting", bound=Waiting)
+
+
+def service_order(waiting: Iterable[AnyWaiting], free_in_s: Sequence[float], now: float) -> list[AnyWaiting]:
+    """Orders requests by who should get the next free prefill slot. O((n + m) log(n + m)).
+
+    Started requests come first, then interactive ones by deadline, then interactive ones that would make others late
+    (the shortest first), then batch ones.
+
+    Args:
+        free_in_s: for each instance, in how many seconds it could start another prompt; empty if there is none.
+        now: on the clock of the requests' times.
+    """
+    by_due = sorted(waiting, key=lambda one: one.due)
+    if not free_in_s:
+        return by_due
+    timeline = _Timeline(now + free_s for free_s in free_in_s)
+    in_time: list[AnyWaiting | None] = []
+    set_aside: list[AnyWaiting] = []
+    batch: list[AnyWaiting] = []
+    longest: list[tuple[float, int, int]] = []  # -expected_s, -index in `in_time`, instance
+    for one in by_due:
+        if one.priority == BATCH:
+            batch.append(one)
+            continue
+        can_be_late = one.priority == STARTED or one.first_token_by is None
+        by = inf if can_be_late or one.first_token_by is None else one.first_token_by
+        if timeline.earliest() + one.expected_s > by:
+            if not longest or -longest[0][0] <= one.expected_s:
+                set_aside.append(one)
+                continue
+            # The longest so far ends at or before this deadline, so this shorter one can take its place.
+            _, negative_index, instance = heappop(longest)
+            removed = in_time[-negative_index]
+            assert removed is not None, "a request is set aside once"
+            timeline.take_back(instance, removed.expected_s)
+            set_aside.append(removed)
+            in_time[-negative_index] = None
+        instance = timeline.add(one.expected_s)
+        if not can_be_late:
+            heappush(longest, (-one.expected_s, -len(in_time), instance))
+        in_time.append(one)
+    set_aside.sort(key=lambda one: (one.expected_s, one.arrived_at))
+    return [*(one for one in in_time if one is not None), *set_aside, *batch]
+
+
+class _Timeline:
+    """When each instance has computed what it was given."""
+
+    def __init__(self, free_at: Iterable[float]) -> None:
+        self._free_at = list(free_at)
+        self._heap = [(at, instance) for instance, at in enumerate(self._free_at)]
+        heapify(self._heap)
+
+    def earliest(self) -> float:
+        """When the first instance is free."""
+        while self._heap[0][0] != self._free_at[self._heap[0][1]]:
+            heappop(self._heap)  # an entry from before `take_back`
+        return self._heap[0][0]
+
+    def add(self, seconds: float) -> int:
+        """Gives the instance that is free first so much to do, and returns its number."""
+        free_at, instance = self.earliest(), self._heap[0][1]
+        self._free_at[instance] = free_at + seconds
+        heapreplace(self._heap, (free_at + seconds, instance))
+        return instance
+
+    def take_back(self, instance: int, seconds: float) -> None:
+        self._free_at[instance] -= seconds
+        heappush(self._heap, (self._free_at[instance], instance))
+
+
+def is_hopeless(waiting: Waiting, now: float, starts_in_s: float = 0.0) -> bool:
+    """Whether a request would certainly miss its deadline if it started in `starts_in_s`: it can be shed.
+
+    Never for requests that have started, batch requests, and those without an objective.
+    """
+    if waiting.priority != INTERACTIVE or waiting.first_token_by is None:
+        return False
+    return now + starts_in_s + HOPELESS_SHARE * waiting.expected_s > waiting.first_token_by
+
+
+def hopeless_at(waiting: Waiting) -> float:
+    """When the request becomes hopeless if it has not started; infinity for those that never do."""
+    if waiting.priority != INTERACTIVE or waiting.first_token_by is None:
+        return inf
+    return waiting.first_token_by - HOPELESS_SHARE * waiting.expected_s
+
+
+def prefill_s(instance: InstanceRecord, num_uncomputed_tokens: int, num_cached_tokens: int = 0) -> float:
+    """Estimates the seconds in which an instance computes a prompt, once started; 0 if it has measured nothing yet.
+
+    Each uncomputed token attends to itself and to all tokens before it, cached ones included.
+    """
+    pairs = num_uncomputed_tokens * num_cached_tokens + num_uncomputed_tokens * (num_uncomputed_tokens + 1) // 2
+    return instance.prefill_token_s * num_uncomputed_tokens + instance.prefill_pair_s * pairs
+
+
+def candidates(
+    ready: Iterable[InstanceRecord],
+    num_open: Mapping[str, int],
+    tie: random.Random,
+    matched_share: Mapping[str, float] = _NO_SHARES,
+) -> list[InstanceRecord]:
+    """Orders instances by who is asked first: fewest open requests, less what the prefix cache saves.
+
+    Args:
+        num_open: this gateway's open requests, by instance id.
+        tie: breaks ties at random, so that several gateways in the same situation ask different instances.
+        matched_share: the share (0 to 1) of the prompt that an instance has cached, by instance id.
+    """
+
+    def cost(instance: InstanceRecord) -> tuple[float, float]:
+        saved = PREFIX_WEIGHT * matched_share.get(instance.id, 0.0)
+        return (num_open.get(instance.id, 0) - saved, tie.random())
+
+    return sorted(ready, key=cost)
+
+
+def can_decode(fingerprint: str | None, num_tokens: int, instance: InstanceRecord) -> bool:
+    """Whether `instance` can continue from KV made under `fingerprint` (weights, dtype, layout) to `num_tokens`."""
+    return instance.fingerprint == fingerprint and num_tokens <= instance.max_model_len
+
+
+def can_prefill(
+    fingerprint: str | None, num_tokens: int, decoders: Iterable[InstanceRecord], instance: InstanceRecord
+) -> bool:
+    """Whether `instance` can start a request that one of `decoders` can continue to `num_tokens` tokens.
+
+    A request that has started keeps its `fingerprint`; before that it is None.
+    """
+    return (
+        fingerprint in (None, instance.fingerprint)
+        and num_tokens <= instance.max_model_len
+        and any(can_decode(instance.fingerprint, num_tokens, decoder) for decoder in decoders)
+    )
+
+
+@dataclass(slots=True)
+class Average:
+    """An exponentially weighted average, in seconds."""
+
+    value: float = 0.0
+    num_samples: int = 0
+
+    def observe(self, seconds: float) -> None:
+        self.num_samples += 1
+        self.value += max(EWMA_ALPHA, 1 / self.num_samples) * (seconds - self.value)
+
+
+@dataclass(slots=True)
+class GroupLatencies:
+    """What requests of one group wait for, as this gateway measures it: to know when a decode instance would compute a
+    short prompt sooner (conditional disaggregation).
+    """
+
+    wait_s: Average = field(default_factory=Average)
+    """In the waiting queue for prefill."""
+    prefill_token_s: Average = field(default_factory=Average)
+    """From acceptance to the first token, for each computed token."""
+    handoff_s: Average = field(default_factory=Average)
+    """From the first token to the second, beyond the time between later tokens."""
+    _num_quicker: int = 0
+
+    def observe_prefill(self, seconds: float, num_computed_tokens: int) -> None:
+        if num_computed_tokens >= MIN_MEASURED_TOKENS:
+            self.prefill_token_s.observe(seconds / num_computed_tokens)
+
+    def observe_decode(self, first_gap_s: float, second_gap_s: float) -> None:
+        """Takes the times before the first and the second token of a decode instance."""
+        self.handoff_s.observe(max(0.0, first_gap_s - second_gap_s))
+
+    def is_quicker_at_decode(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether a decode instance with `num_rows` requests should compute a prompt of `num_tokens` new tokens.
+
+        Computing takes as long as at prefill. It saves the wait for a prefill slot and the handoff, but all rows wait
+        for the prompt. One in `MEASURE_EVERY` prompts goes to prefill nevertheless.
+        """
+        num_samples = min(self.handoff_s.num_samples, self.prefill_token_s.num_samples)
+        if num_tokens > MAX_LOCAL_PREFILL_TOKENS or num_samples < MIN_SAMPLES:
+            return False
+        if num_tokens * self.prefill_token_s.value * num_rows >= self.wait_s.value + self.handoff_s.value:
+            return False
+        self._num_quicker += 1
+        return self._num_quicker % MEASURE_EVERY != 0
+
+
+class DecodeGaps:
+    """The times before the first and the second token of a decode instance, counted from the acceptance."""
+
+    def __init__(self, now: float) -> None:
+        self._last_at = now
+        self.seconds: list[float] = []
+
+    def observe_token(self, now: float) -> bool:
+        """Takes a token; True once, at the second."""
+        if len(self.seconds) == 2:
+            return False
+        self.seconds.append(now - self._last_at)
+        self._last_at = now
+        return len(self.seconds) == 2
