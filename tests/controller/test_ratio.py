@@ -369,6 +369,23 @@ def test_whatever_is_seen_one_of_each_role_remains(
         assert sum(run.split) == sum(split)
 
 
+FIGURES = ("prefill_s", "step_base_s", "step_row_s", "output_tokens", "held_prefill_s", "e2e_s")
+
+
+@pytest.mark.parametrize("tiny", [5e-324, 1e-200, 1e-7, -1e-7])
+@pytest.mark.parametrize("figures", [*((name,) for name in FIGURES), FIGURES[:3], FIGURES])
+def test_figures_below_the_resolution_are_not_measured(figures: tuple[str, ...], tiny: float) -> None:
+    """Quotients of such figures are infinite or no number, and no split is the best of those."""
+    timed = replace(LOAD, held_prefill_s=1.0, e2e_s=10.0)
+    unmeasured: dict[str, Any] = dict.fromkeys(figures, 0.0)
+    by_zero, by_tiny = Run(), Run()
+    assert by_zero.see(replace(timed, **unmeasured), 20) == by_tiny.see(
+        replace(timed, **dict.fromkeys(figures, tiny)), 20
+    )
+    for load in (replace(UNKNOWN, held_prefill_s=tiny, e2e_s=10.0), replace(UNKNOWN, held_prefill_s=5.0, e2e_s=20.0)):
+        by_tiny.see(load, 20)
+
+
 CLIENTS_PER_INSTANCE = 48
 SEED = 203
 PHASE_S = 60.0

@@ -29,6 +29,9 @@ RISE = 0.1
 """The share by which E2E and T_p / E2E have to change for the rule to speak."""
 SPARE = 0.1
 """The share of an objective that another split has to leave unused by prediction."""
+RESOLUTION = 1e-6
+"""The least seconds, and the least output tokens, that count as measured. Smaller figures, and negative ones, are 0: they
+are rounding errors, and would make a quotient infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ def decide(load: GroupLoad, history: History, bounds: Bounds, now: float) -> tup
     Args:
         now: in seconds, on a clock that never goes back.
     """
+    load = _measured(load)
     history = _noticing(load, history, bounds, now)
     if now - load.window_s < history.since:
         return None, history
@@ -128,6 +132,23 @@ def decide(load: GroupLoad, history: History, bounds: Bounds, now: float) -> tup
     if wish.number > 0:
         return Move("decode", "prefill", number, wish.reason), _changing(number, load, history, bounds, now)
     return Move("prefill", "decode", number, wish.reason), _changing(-number, load, history, bounds, now)
+
+
+def _measured(load: GroupLoad) -> GroupLoad:
+    """The load with 0 for each figure below `RESOLUTION`: nothing was measured."""
+
+    def measured(figure: float | None) -> float | None:
+        return 0.0 if figure is not None and figure < RESOLUTION else figure
+
+    return replace(
+        load,
+        prefill_s=measured(load.prefill_s),
+        step_base_s=measured(load.step_base_s),
+        step_row_s=measured(load.step_row_s),
+        output_tokens=measured(load.output_tokens),
+        held_prefill_s=measured(load.held_prefill_s),
+        e2e_s=measured(load.e2e_s),
+    )
 
 
 def _noticing(load: GroupLoad, history: History, bounds: Bounds, now: float) -> History:
