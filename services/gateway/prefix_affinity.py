@@ -1,98 +1,95 @@
 """Which instances have computed which beginnings of prompts: a guess, from where this gateway's requests went. Pure.
 
-Instances evict blocks without a word, and other gateways send them prompts too, so it is good for a preference only.
+Instances evict blocks without saying so, and other gateways send them prompts too, so it is a preference only.
 """
 
-import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
-from xxhash import xxh3_64_intdigest
+from shared.prefix_keys import PREFIX_BLOCK_TOKENS as PREFIX_BLOCK_TOKENS
+from shared.prefix_keys import prefix_keys as prefix_keys
 
-BLOCK = 64
-"""Tokens in a block."""
-AT_MOST = 32
-"""Blocks of a prompt that are looked at: its first 2048 tokens."""
-ENTRIES = 10_000
+MAX_ENTRIES = 10_000
 """Pairs of an instance and a block that are remembered."""
-
-_TOKEN_BYTES = 8
-
-
-def prefix_keys(token_ids: Sequence[int], block: int = BLOCK, at_most: int = AT_MOST) -> tuple[int, ...]:
-    """The key of each full block that the prompt begins with: a hash over the key of the block before and the tokens.
-
-    Two prompts with the same n-th key have the first n blocks in common. The keys are the same in every process. They
-    only say whom to ask first: two alike by accident cost time, and never mix up texts (the cache has its own names).
-
-    Args:
-        block: tokens in a block.
-        at_most: blocks that are looked at.
-    """
-    num_blocks = min(len(token_ids) // block, at_most)
-    num_tokens = num_blocks * block
-    packed = memoryview(struct.pack(f"<{num_tokens}Q", *token_ids[:num_tokens]))
-    keys = []
-    key = 0
-    num_bytes = block * _TOKEN_BYTES
-    for start in range(0, len(packed), num_bytes):
-        key = xxh3_64_intdigest(packed[start : start + num_bytes], key)
-        keys.append(key)
-    return tuple(keys)
+MAX_MATCHES = 16
+"""Instances that `matched` returns: looking at more would make a request dearer, and its choice hardly better."""
 
 
-def shares(matched: Mapping[str, int], num_tokens: int, block: int = BLOCK) -> dict[str, float]:
-    """What share (0 .. 1) of a prompt of `num_tokens` tokens each instance has, at least. `matched` counts blocks."""
-    return {one: min(1.0, num_blocks * block / max(1, num_tokens)) for one, num_blocks in matched.items()}
+def shares(matched: Mapping[str, int], num_tokens: int, block_tokens: int = PREFIX_BLOCK_TOKENS) -> dict[str, float]:
+    """Returns which share (0 .. 1) of a prompt each instance has computed, at least. `matched` counts blocks."""
+    return {one: min(1.0, num_blocks * block_tokens / max(1, num_tokens)) for one, num_blocks in matched.items()}
 
 
-class Affinity:
-    """Who has which blocks. The pair that was remembered longest ago is forgotten first, and of one prompt the last
-    block: so who has a block has all before it.
+class PrefixAffinity:
+    """Remembers which instance has computed which blocks, for a limited number of pairs of an instance and a block.
 
-    Args:
-        at_most: pairs of an instance and a block that are remembered.
+    The pair that was used longest ago is forgotten first, and of one prompt the last block. So an instance that has a
+    block has all blocks before it, too.
     """
 
-    def __init__(self, at_most: int = ENTRIES) -> None:
-        self._at_most = at_most
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        self._max_entries = max_entries
         self._pairs: OrderedDict[tuple[int, str], None] = OrderedDict()
-        """Least recently remembered first."""
-        self._holders: dict[int, set[str]] = {}
-        """By key: the same pairs."""
+        """Least recently used first."""
+        self._instances_with: dict[int, set[str]] = {}
+        """The same pairs by key."""
+        self._keys_of: dict[str, set[int]] = {}
+        """The same pairs by instance."""
 
     def __len__(self) -> int:
         return len(self._pairs)
 
+    def __contains__(self, instance_id: str) -> bool:
+        """Whether any block of this instance is remembered."""
+        return instance_id in self._keys_of
+
     def remember(self, instance_id: str, keys: Sequence[int]) -> None:
-        """The instance has computed a prompt that begins with the blocks of `keys`."""
+        """Notes that the instance has computed a prompt that begins with the blocks of `keys`."""
         for key in reversed(keys):
             pair = (key, instance_id)
             self._pairs[pair] = None
             self._pairs.move_to_end(pair)
-            self._holders.setdefault(key, set()).add(instance_id)
-        while len(self._pairs) > self._at_most:
-            (key, holder), _ = self._pairs.popitem(last=False)
-            self._drop(key, holder)
+            self._instances_with.setdefault(key, set()).add(instance_id)
+            self._keys_of.setdefault(instance_id, set()).add(key)
+        while len(self._pairs) > self._max_entries:
+            self._remove(*next(iter(self._pairs)))
 
-    def matched(self, keys: Sequence[int]) -> dict[str, int]:
-        """How many of the prompt's leading blocks each instance has. Instances that have none are left out."""
+    def matched(self, keys: Sequence[int], max_matches: int = MAX_MATCHES) -> dict[str, int]:
+        """Returns how many of the prompt's leading blocks instances have: those with the most, and only some of many.
+
+        The cost does not depend on how many instances have them.
+        """
         found: dict[str, int] = {}
-        for num_blocks, key in enumerate(keys, 1):
-            holders = self._holders.get(key)
-            if not holders:
+        for num_blocks in range(self._num_known(keys), 0, -1):
+            instances = self._instances_with[keys[num_blocks - 1]]
+            more = (one for one in islice(instances, max_matches) if one not in found)
+            found.update(dict.fromkeys(islice(more, max_matches - len(found)), num_blocks))
+            if len(found) == max_matches:
                 break
-            found.update(dict.fromkeys(holders, num_blocks))
         return found
 
-    def forget(self, instance_id: str) -> None:
-        """The instance is gone, or has lost its cache."""
-        for key, holder in [pair for pair in self._pairs if pair[1] == instance_id]:
-            del self._pairs[key, holder]
-            self._drop(key, holder)
+    def num_blocks(self, instance_id: str, keys: Sequence[int]) -> int:
+        """Returns how many of the prompt's leading blocks one instance has."""
+        known = self._keys_of.get(instance_id, ())
+        return next((count for count, key in enumerate(keys) if key not in known), len(keys)) if known else 0
 
-    def _drop(self, key: int, instance_id: str) -> None:
-        holders = self._holders[key]
-        holders.discard(instance_id)
-        if not holders:
-            del self._holders[key]
+    def forget(self, instance_id: str) -> None:
+        """Forgets an instance that has ended or lost its cache."""
+        for key in self._keys_of.get(instance_id, set()).copy():
+            self._remove(key, instance_id)
+
+    def _num_known(self, keys: Sequence[int]) -> int:
+        """The number of leading blocks that any instance has."""
+        return next((count for count, key in enumerate(keys) if key not in self._instances_with), len(keys))
+
+    def _remove(self, key: int, instance_id: str) -> None:
+        del self._pairs[key, instance_id]
+        instances = self._instances_with[key]
+        instances.discard(instance_id)
+        if not instances:
+            del self._instances_with[key]
+        known = self._keys_of[instance_id]
+        known.discard(key)
+        if not known:
+            del self._keys_of[instance_id]

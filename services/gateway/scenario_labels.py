@@ -1,64 +1,101 @@
-"""Scenarios of requests that name none, found as they come: by what prompts begin with, else by lengths. Pure.
+"""Scenarios of requests that name none, found as they arrive, and their traffic for the controller to see. Pure.
 
 - **By prefix**: a request belongs to the longest of its first 256, 512, 1024 and 2048 tokens that a good part of recent
   requests begin with. That is what a common system prompt looks like.
 - **By lengths**: prompts are sorted by length (powers of two), and the outputs of each length are remembered. A request
-  is called after what its length has led to so far: much prompt and little output, the reverse, or neither.
+  is labelled by what its length has led to so far: much prompt and little output, the reverse, or neither.
 
-Labels depend on tokens and lengths alone, so different gateways that see alike requests call them alike.
+Labels depend on tokens and lengths alone, so different gateways that see similar requests use the same labels.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.gateway.prefix_affinity import BLOCK
+from shared.messages.records import LabelTraffic
+from shared.prefix_keys import PREFIX_BLOCK_TOKENS
 
 PREFIX_TOKENS = (256, 512, 1024, 2048)
 """The lengths of prefixes that make a scenario. Shorter ones are no more than a chat template's."""
 HALF_LIFE_REQUESTS = 512
-"""A request counts half after so many more."""
+"""A request counts half after this many more."""
 NAMED_AT_SHARE = 0.05
 NAMED_AT_REQUESTS = 32
 """A prefix becomes a scenario with this share of recent requests, and this many."""
 UNNAMED_BELOW_SHARE = 0.02
-"""It is one no more below this share: far enough from the other that chance does not bring it here."""
-PREFIXES = 4096
+"""It stops being one below this share, which is too far from the other for chance to reach."""
+MAX_PREFIXES = 4096
 """Prefixes that are counted: those of the last 1024 requests, if all are long and different."""
 
 LONG_IN = "auto-long-in"
 LONG_OUT = "auto-long-out"
 BALANCED = "auto-balanced"
 LONG_FACTOR = 4.0
-"""A side is long that has so many times the tokens of the other."""
+"""A side is long if it has this many times the tokens of the other."""
 LEAVE_FACTOR = 1.5
-"""A length is called otherwise only when it has come back past the boundary by this."""
+"""A length loses its label only when it has come back past the boundary by this factor."""
 NUM_DONE_FOR_CLASS = 8
-"""A length has no class before so many of its requests are done."""
+"""Finished requests of a length before it gets a label."""
 NUM_DONE_FOR_MEAN = 128
-"""How far back means reach."""
+"""Finished requests over which means are taken."""
+
+MAX_LABELS = 64
+"""How many labels have their traffic counted; the one that was seen longest ago is forgotten first."""
+NO_LABEL = ""
+"""The label under which requests without one are counted."""
 
 _DECAY: float = 0.5 ** (1 / HALF_LIFE_REQUESTS)
 _PREFIX = "auto-prefix-"
 
 
+class ScenarioLabels:
+    """The labels of one gateway, and the finished requests of each."""
+
+    def __init__(self) -> None:
+        self._classifier = Classifier()
+        self._traffic: OrderedDict[str, LabelTraffic] = OrderedDict()
+        """Least recently seen first."""
+
+    def label(self, keys: Sequence[int], num_prompt_tokens: int, max_tokens: int) -> str | None:
+        """Returns the label of a request that has just arrived; None if it resembles no others."""
+        return self._classifier.classify(keys, num_prompt_tokens, max_tokens)
+
+    def done(self, label: str | None, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Counts a request of this label that has all its tokens."""
+        self._classifier.finished(label, num_prompt_tokens, num_output_tokens)
+        key = label or NO_LABEL
+        before = self._traffic.pop(key, LabelTraffic())
+        self._traffic[key] = LabelTraffic(
+            num_done=before.num_done + 1,
+            prompt_tokens=before.prompt_tokens + num_prompt_tokens,
+            output_tokens=before.output_tokens + num_output_tokens,
+            shared_prefix_tokens=self._classifier.shared_prefix_tokens(label) if label else 0,
+        )
+        if len(self._traffic) > MAX_LABELS:
+            self._traffic.popitem(last=False)
+
+    def traffic(self) -> dict[str, LabelTraffic]:
+        """Returns the finished requests by label, summed since the gateway started."""
+        return dict(self._traffic)
+
+
 class Classifier:
-    """Labels requests, and learns from them. It holds a bounded number of prefixes and of lengths.
+    """Labels requests, and learns from them. It remembers a limited number of prefixes and of lengths.
 
     Args:
-        block: tokens in the blocks of the keys; the lengths of prefixes are multiples of it.
+        block_tokens: tokens in the blocks of the keys; the lengths of prefixes are multiples of it.
     """
 
-    def __init__(self, block: int = BLOCK) -> None:
-        self._prefixes = _Prefixes(block)
+    def __init__(self, block_tokens: int = PREFIX_BLOCK_TOKENS) -> None:
+        self._prefixes = _Prefixes(block_tokens)
         self._lengths: dict[int, _Length] = {}
-        """By the power of two below which the prompts are."""
+        """By the number of bits of the prompts' lengths."""
 
     def classify(self, keys: Sequence[int], num_prompt_tokens: int, max_tokens: int) -> str | None:
-        """The label of a new request; None where nothing is known yet. To be called once for each, as it counts them.
+        """Returns the label of a new request; None where nothing is known yet. Call it once for each: it counts them.
 
         Args:
-            keys: of the prompt's leading blocks (`affinity.prefix_keys`).
+            keys: of the prompt's leading blocks (`prefix_keys`).
             max_tokens: that the request may generate.
         """
         key = self._prefixes.longest_common(keys)
@@ -70,23 +107,23 @@ class Classifier:
         return length.label if length else None
 
     def finished(self, label: str | None, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        """A request that `label` was given to has come to its own end; not one that was cancelled or failed."""
+        """Learns from a request with this label that has finished, not from one that was cancelled or failed."""
         if label is not None and label.startswith(_PREFIX):
-            return  # what one scenario's prompts lead to says nothing about others of their length
+            return  # the prompts of one scenario say nothing about other prompts of their length
         bits = num_prompt_tokens.bit_length()
         self._lengths[bits] = self._lengths.get(bits, _Length()).after(num_prompt_tokens, num_output_tokens)
 
     def shared_prefix_tokens(self, label: str) -> int:
-        """How many leading tokens the prompts of `label` have in common, at least."""
+        """Returns how many leading tokens the prompts of `label` have in common, at least."""
         return self._prefixes.num_tokens(label)
 
 
 class _Prefixes:
     """Counts of the prefixes of recent requests: each counts less, the more requests have come since."""
 
-    def __init__(self, block: int) -> None:
-        assert PREFIX_TOKENS[0] % block == 0, "a prefix has no part of a block"
-        self._tokens_of = {num_tokens // block: num_tokens for num_tokens in PREFIX_TOKENS}
+    def __init__(self, block_tokens: int) -> None:
+        assert PREFIX_TOKENS[0] % block_tokens == 0, "a prefix consists of whole blocks"
+        self._tokens_of = {num_tokens // block_tokens: num_tokens for num_tokens in PREFIX_TOKENS}
         """By number of blocks."""
         self._num_requests = 0
         self._total = 0.0
@@ -97,7 +134,7 @@ class _Prefixes:
         """The keys of prefixes that are scenarios, and their lengths in tokens."""
 
     def longest_common(self, keys: Sequence[int]) -> int | None:
-        """Count the prefixes of a request. The key of the longest that is a scenario."""
+        """Counts the prefixes of a request. Returns the key of the longest that is a scenario."""
         self._num_requests += 1
         self._total = self._total * _DECAY + 1
         longest = None
@@ -116,7 +153,7 @@ class _Prefixes:
         before, at = self._counts.pop(key, (0.0, 0))
         count = before * _DECAY ** (self._num_requests - at) + 1
         self._counts[key] = (count, self._num_requests)
-        if len(self._counts) > PREFIXES:
+        if len(self._counts) > MAX_PREFIXES:
             oldest, _ = self._counts.popitem(last=False)
             self._named.pop(oldest, None)
         return count
@@ -131,7 +168,7 @@ class _Prefixes:
 
 @dataclass(frozen=True, slots=True)
 class _Length:
-    """Requests whose prompts are of about one length: how many are done, their mean tokens, what they are called."""
+    """Requests whose prompts are of about one length: how many are done, their mean tokens, their label."""
 
     num_done: int = 0
     prompt_tokens: float = 0.0
@@ -151,7 +188,7 @@ class _Length:
 
 
 def _class_of(prompt_tokens: float, output_tokens: float, before: str | None) -> str:
-    """What requests of these mean lengths are called, having been called `before`."""
+    """Returns the label of requests of these mean lengths, whose label was `before`."""
     if prompt_tokens >= _boundary(LONG_IN, before) * output_tokens:
         return LONG_IN
     if output_tokens >= _boundary(LONG_OUT, before) * prompt_tokens:

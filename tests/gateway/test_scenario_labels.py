@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway import classify
-from services.gateway.prefix_affinity import prefix_keys
-from services.gateway.scenario_labels import Classifier
+from services.gateway import scenario_labels
+from services.gateway.scenario_labels import Classifier, ScenarioLabels
+from shared.messages.records import LabelTraffic
+from shared.prefix_keys import prefix_keys
 
 NAME = re.compile(r"auto-[A-Za-z0-9_-]+")
 MANY = 10**6
@@ -42,8 +43,8 @@ def test_nothing_is_known_at_first() -> None:
 def test_a_common_system_prompt_is_a_scenario() -> None:
     one, rng = Classifier(), random.Random(1)
     labels = [label_of(one, prompt(7, 600, rng)) for _ in range(100)]
-    assert set(labels[: classify.NAMED_AT_REQUESTS - 1]) == {None}
-    [label] = set(labels[classify.NAMED_AT_REQUESTS + 1 :])
+    assert set(labels[: scenario_labels.NAMED_AT_REQUESTS - 1]) == {None}
+    [label] = set(labels[scenario_labels.NAMED_AT_REQUESTS + 1 :])
     assert label is not None
     assert re.fullmatch(r"auto-prefix-[0-9a-f]{8}", label)
     assert one.shared_prefix_tokens(label) == 512
@@ -115,16 +116,16 @@ def test_a_scenario_near_the_limit_keeps_its_name() -> None:
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "num_output_tokens", "label"),
     [
-        (2000, 100, classify.LONG_IN),
-        (2000, 500, classify.LONG_IN),
-        (500, 250, classify.BALANCED),
-        (300, 300, classify.BALANCED),
-        (50, 200, classify.LONG_OUT),
-        (20, 2000, classify.LONG_OUT),
+        (2000, 100, scenario_labels.LONG_IN),
+        (2000, 500, scenario_labels.LONG_IN),
+        (500, 250, scenario_labels.BALANCED),
+        (300, 300, scenario_labels.BALANCED),
+        (50, 200, scenario_labels.LONG_OUT),
+        (20, 2000, scenario_labels.LONG_OUT),
     ],
 )
 def test_lengths_are_called_after_what_they_lead_to(num_prompt_tokens: int, num_output_tokens: int, label: str) -> None:
-    one = after(num_prompt_tokens, *[num_output_tokens] * (classify.NUM_DONE_FOR_CLASS - 1))
+    one = after(num_prompt_tokens, *[num_output_tokens] * (scenario_labels.NUM_DONE_FOR_CLASS - 1))
     assert one.classify((), num_prompt_tokens, MANY) is None
     one.finished(None, num_prompt_tokens, num_output_tokens)
     assert one.classify((), num_prompt_tokens, MANY) == label
@@ -132,26 +133,26 @@ def test_lengths_are_called_after_what_they_lead_to(num_prompt_tokens: int, num_
 
 
 def test_a_request_that_may_generate_little_is_known_without_a_past() -> None:
-    assert Classifier().classify((), 1000, 250) == classify.LONG_IN
+    assert Classifier().classify((), 1000, 250) == scenario_labels.LONG_IN
     assert Classifier().classify((), 1000, 251) is None
-    assert after(100, *[1000] * 20).classify((), 100, 1) == classify.LONG_IN
+    assert after(100, *[1000] * 20).classify((), 100, 1) == scenario_labels.LONG_IN
 
 
 def test_a_mean_that_wavers_at_a_boundary_changes_nothing() -> None:
     one = after(400, *[90] * 200)
     for _ in range(300):
         one.finished(None, 400, 130)
-        assert one.classify((), 400, MANY) == classify.LONG_IN
+        assert one.classify((), 400, MANY) == scenario_labels.LONG_IN
     for _ in range(600):
         one.finished(None, 400, 180)
-    assert one.classify((), 400, MANY) == classify.BALANCED
+    assert one.classify((), 400, MANY) == scenario_labels.BALANCED
 
 
 def test_lengths_learn_nothing_from_scenarios_by_prefix() -> None:
     one = after(500, *[250] * 20)
     for _ in range(500):
         one.finished("auto-prefix-1a2b3c4d", 500, 1)
-    assert one.classify((), 500, MANY) == classify.BALANCED
+    assert one.classify((), 500, MANY) == scenario_labels.BALANCED
 
 
 @given(
@@ -169,7 +170,7 @@ def test_labels_are_names(requests: list[tuple[int, int, int, int]]) -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classify, "PREFIXES", 64)
+    monkeypatch.setattr(scenario_labels, "MAX_PREFIXES", 64)
     one = Classifier()
     rng = random.Random(6)
     for number in range(2000):
@@ -179,3 +180,31 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(one._prefixes._counts) == 64
     assert one._prefixes._named == {}, "what is not counted any more is no scenario"
     assert len(one._lengths) <= 21
+
+
+def test_finished_requests_are_counted_by_label() -> None:
+    labels, rng = ScenarioLabels(), random.Random(7)
+    found = None
+    for _ in range(100):
+        tokens = prompt(7, 300, rng)
+        found = labels.label(prefix_keys(tokens), len(tokens), MANY)
+    assert found is not None
+    labels.done(None, 10, 5)
+    labels.done(found, 400, 20)
+    labels.done(found, 400, 30)
+    assert labels.traffic() == {
+        "": LabelTraffic(num_done=1, prompt_tokens=10, output_tokens=5),
+        found: LabelTraffic(num_done=2, prompt_tokens=800, output_tokens=50, shared_prefix_tokens=256),
+    }
+
+
+def test_the_label_that_was_seen_longest_ago_is_forgotten_first() -> None:
+    labels = ScenarioLabels()
+    for number in range(scenario_labels.MAX_LABELS):
+        labels.done(f"auto-prefix-{number:08x}", 10, 5)
+    labels.done("auto-prefix-00000000", 10, 5)
+    labels.done("auto-prefix-ffffffff", 10, 5)
+    traffic = labels.traffic()
+    assert len(traffic) == scenario_labels.MAX_LABELS
+    assert traffic["auto-prefix-00000000"].num_done == 2
+    assert "auto-prefix-00000001" not in traffic
