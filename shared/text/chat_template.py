@@ -44,7 +44,7 @@ class ChatTemplate:
         return cls(source, special_tokens)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt for the assistant's next message; it holds its own special tokens.
+        """Returns the prompt for the assistant's next message; it contains its own special tokens.
 
         Raises:
             InvalidRequest: the model has no template, or the template does not take these messages.
@@ -71,7 +71,7 @@ class ChatTemplate:
 
 def _default_of(value: object) -> str | None:
     if isinstance(value, list):
-        named = [one for one in value if isinstance(one, dict) and one.get("name") == "default"]
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
         value = named[0].get("template") if named else None
     return value if isinstance(value, str) else None
 
@@ -93,8 +93,8 @@ class _GenerationBlock(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(content, lineno=line)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Where a model's text files lie: a local folder, or a snapshot from the Hugging Face hub. Never its weights."""
+"""Where a model's text files are: a local folder, or a snapshot from the Hugging Face hub. Never its weights."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def _download(model: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelRefused(
-            f"{model}: there is no such folder, and the hub refuses it ({error.__class__.__name__}); check the name, "
+            f"{model}: there is no such folder, and the hub rejects it ({error.__class__.__name__}); check the name, "
             "or set HF_TOKEN if the model is gated."
         ) from error
 
@@ -84,5 +84,5 @@ def read_object(path: Path) -> JSONObject:
     except json.JSONDecodeError as error:
         raise ModelRefused(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ModelRefused(f"{path} must hold a JSON object.")
+        raise ModelRefused(f"{path} must contain a JSON object.")
     return content

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.errors import ModelRefused
 from shared.sampling import SamplingParams
@@ -13,7 +13,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class SamplingDefaults(BaseModel):
-    """The sampling parameters that generation_config.json recommends; None where it says nothing."""
+    """The sampling parameters that generation_config.json recommends; None where it says nothing.
+
+    `top_k` may be -1, which means the same as 0: keep all tokens.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -23,6 +26,11 @@ class SamplingDefaults(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
 
+    @field_validator("top_k")
+    @classmethod
+    def _off_is_zero(cls, top_k: int | None) -> int | None:
+        return 0 if top_k == -1 else top_k
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -31,7 +39,8 @@ class ModelConfig:
     Attributes:
         vocab_size: rows of the embedding, if config.json says; the tokenizer may know fewer tokens.
         max_model_len: the model's context in tokens, prompt and output together.
-        eos_token_ids: tokens that end a generation; may be empty.
+        eos_token_ids: tokens that end a generation, by generation_config.json and config.json; may be empty, and may
+            have ids that the embedding lacks.
         special_tokens: name (`bos_token`) to content (`<s>`), as chat templates see them.
     """
 
@@ -54,7 +63,7 @@ class ModelConfig:
         return cls(
             vocab_size=_integer(config.get("vocab_size")),
             max_model_len=_max_model_len(folder, config, tokenizer),
-            eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(config.get("eos_token_id")),
+            eos_token_ids=(*_token_ids(generation.get("eos_token_id")), *_token_ids(config.get("eos_token_id"))),
             special_tokens=_special_tokens(tokenizer),
             sampling_defaults=_sampling_defaults(folder, generation),
         )
@@ -91,11 +100,16 @@ def _max_model_len(folder: Path, config: JSONObject, tokenizer: JSONObject) -> i
 def _special_tokens(tokenizer: JSONObject) -> dict[str, str]:
     tokens = {}
     for name in SPECIAL_TOKENS:
-        value = tokenizer.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
+        content = special_token_content(tokenizer.get(name))
+        if content is not None:
             tokens[name] = content
     return tokens
+
+
+def special_token_content(value: JSONValue) -> str | None:
+    """Returns the text of a special token, which tokenizer_config.json writes as a string or as an object."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
 
 
 def _sampling_defaults(folder: Path, generation: JSONObject) -> SamplingDefaults:
@@ -104,5 +118,7 @@ def _sampling_defaults(folder: Path, generation: JSONObject) -> SamplingDefaults
         SamplingParams(max_tokens=1, **defaults.model_dump(exclude_none=True))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ModelRefused(f"{folder}/generation_config.json: {first['loc'][0]}: {first['msg']}.") from error
+        raise ModelRefused(
+            f"{folder}/generation_config.json: {first['loc'][0]} is {first['input']!r}: {first['msg']}; correct it there."
+        ) from error
     return defaults

@@ -1,24 +1,31 @@
 """A model's tokenizer, by the `tokenizers` library alone: text to tokens without blocking the event loop, and back."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from shared.errors import ContextTooLong, ModelRefused
+from shared.text.added_tokens import add_configured_tokens
 from shared.text.chat_template import ChatTemplate, Message
 from shared.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from shared.text.files import resolve_model
 from shared.text.model_config import ModelConfig, SamplingDefaults
-from shared.text.vocabulary import Vocabulary
+from shared.text.vocabulary import Vocabulary, max_chars_per_token
+
+LONG_TEXT_CHARS = 1_000_000
+"""Longer texts are tokenised one at a time, because the tokenizer needs about 160 bytes of memory per character."""
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
     """Prompts to token ids, token ids to text, and what the model's files say about both.
 
     Args:
-        folder: holds tokenizer.json, config.json, and perhaps tokenizer_config.json and generation_config.json.
+        folder: contains tokenizer.json, config.json, and perhaps tokenizer_config.json and generation_config.json.
 
     Raises:
         ModelRefused: a file is missing or malformed.
@@ -29,11 +36,13 @@ class Tokenizer:
         self._backend = _read_backend(folder)
         vocab_size = config.vocab_size or self._backend.get_vocab_size()
         self.vocabulary = Vocabulary(self._backend, vocab_size)
+        self._max_chars_per_token = max_chars_per_token(self._backend)
+        self._long_text_lock = asyncio.Lock()
         self.chat_template = ChatTemplate.read(folder, config.special_tokens)
         self.max_model_len: int = config.max_model_len
         self.special_tokens: dict[str, str] = config.special_tokens
         self.sampling_defaults: SamplingDefaults = config.sampling_defaults
-        self.eos_token_ids: tuple[int, ...] = config.eos_token_ids or self._eos_of_tokenizer()
+        self.eos_token_ids: tuple[int, ...] = self._eos_token_ids(config.eos_token_ids)
 
     @classmethod
     def load(cls, model: str) -> "Tokenizer":
@@ -47,19 +56,18 @@ class Tokenizer:
 
     async def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that transformers would add: those of tokenizer.json's
-        post-processor, over which it does not let `add_bos_token` of tokenizer_config.json have a say either.
+        post-processor, which `add_bos_token` of tokenizer_config.json does not change there either.
 
         Args:
             text: any length.
-            max_tokens: refuse a text that cannot have as few tokens, before work is spent on it.
+            max_tokens: reject a text that cannot have as few tokens, where its length alone says so.
 
         Raises:
-            ContextTooLong: it certainly has more than `max_tokens`. One that does not raise may have more, too.
+            ContextTooLong: it certainly has more than `max_tokens`. A text that does not raise may have more, too:
+                the number of its tokens decides.
         """
-        self._refuse_too_long(text, max_tokens)
-        # `encode` holds the GIL: 1 MB stalls the loop for 550 ms from a thread, too. `encode_batch_fast` gives it up:
-        # 280 ms, with a largest stall of 7-12 ms while the ids become a list (4k vocabulary, one Zen 5 core).
-        return await asyncio.to_thread(self._encode, text, add_special_tokens=True)
+        self._reject_too_long(text, max_tokens)
+        return await self._encode_in_thread(text, add_special_tokens=True)
 
     async def encode_chat(self, messages: Sequence[Message], *, max_tokens: int | None = None) -> list[int]:
         """Token ids of the chat template's prompt for `messages`, whose special tokens are not added a second time.
@@ -69,34 +77,53 @@ class Tokenizer:
             ContextTooLong: as `encode`.
         """
         text = await asyncio.to_thread(self.chat_template.render, messages)
-        self._refuse_too_long(text, max_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens=False)
+        self._reject_too_long(text, max_tokens)
+        return await self._encode_in_thread(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of all tokens at once."""
+        """Returns the text of all tokens at once."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-        """A fresh detokenizer for one generation, whose text goes on where the prompt ends."""
+        """Returns a fresh detokenizer for one generation, whose text continues the prompt."""
         if self.vocabulary.is_byte_level:
             return ByteDetokenizer(self.vocabulary)
         return WindowDetokenizer(self._backend, prompt_token_ids)
 
+    async def _encode_in_thread(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= LONG_TEXT_CHARS:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens=add_special_tokens)
+        async with self._long_text_lock:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens=add_special_tokens)
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # `encode` holds the GIL: 1 MB stalls the loop for 550 ms from a thread, too. `encode_batch_fast` releases it:
+        # 280 ms, with a largest stall of 7-12 ms while the ids become a list (4k vocabulary, one Zen 5 core).
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def _refuse_too_long(self, text: str, max_tokens: int | None) -> None:
-        # A lower bound: no token stands for more characters than the longest of the vocabulary has.
-        least = -(-len(text) // self.vocabulary.longest_token_chars)
-        if max_tokens is not None and least > max_tokens:
+    def _reject_too_long(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is None or self._max_chars_per_token is None:
+            return
+        least = -(-len(text) // self._max_chars_per_token)
+        if least > max_tokens:
             raise ContextTooLong(
                 f"The prompt has {len(text)} characters, which is at least {least} tokens, but the model's context is "
                 f"{max_tokens} tokens: shorten the prompt."
             )
 
-    def _eos_of_tokenizer(self) -> tuple[int, ...]:
-        token_id = self._backend.token_to_id(self.special_tokens.get("eos_token", ""))
-        return () if token_id is None else (token_id,)
+    def _eos_token_ids(self, configured: Sequence[int]) -> tuple[int, ...]:
+        """The end tokens of all files that the model can generate at all."""
+        own = self._backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        named = tuple(dict.fromkeys([*configured, *([] if own is None else [own])]))
+        outside = [token_id for token_id in named if not 0 <= token_id < self.vocab_size]
+        if outside:
+            log.warning(
+                "ignoring the end tokens %s of the model's files: its vocabulary has %d tokens, so they are never "
+                "generated. If generations do not end, correct eos_token_id in generation_config.json.",
+                outside,
+                self.vocab_size,
+            )
+        return tuple(token_id for token_id in named if token_id not in outside)
 
 
 def _read_backend(folder: Path) -> Backend:
@@ -108,4 +135,5 @@ def _read_backend(folder: Path) -> Backend:
         raise ModelRefused(f"{path} cannot be read as a tokenizer: {error}.") from error
     backend.no_truncation()
     backend.no_padding()
+    add_configured_tokens(backend, folder)
     return backend

@@ -69,7 +69,7 @@ def test_metaspace_takes_any_tokens_and_holds_back_few(token_ids: list[int]) -> 
     detokenizer = WindowDetokenizer(METASPACE)
     for token_id in token_ids:
         detokenizer.feed(token_id)
-        assert len(detokenizer._window) <= 2 * WindowDetokenizer.MAX_HELD_TOKENS + len(token_ids)
+        assert len(detokenizer._window) <= 2 * WindowDetokenizer.MAX_PENDING_TOKENS + len(token_ids)
     detokenizer.flush()
 
 

@@ -61,15 +61,28 @@ def test_facts_of_the_demo_model(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocabulary.is_byte_level
 
 
-def test_end_tokens_come_from_the_first_file_that_names_them(model: Path) -> None:
+def test_end_tokens_are_those_of_all_files(model: Path) -> None:
+    end = 4  # eos_token of tokenizer_config.json
     change(model / "generation_config.json", eos_token_id=7)
-    assert Tokenizer(model).eos_token_ids == (7,)
-    (model / "generation_config.json").unlink()
     change(model / "config.json", eos_token_id=[8, 9])
-    assert Tokenizer(model).eos_token_ids == (8, 9)
+    assert Tokenizer(model).eos_token_ids == (7, 8, 9, end)
+    (model / "generation_config.json").unlink()
+    assert Tokenizer(model).eos_token_ids == (8, 9, end)
     change(model / "config.json", eos_token_id=None)
-    end = Tokenizer(DEMO).special_tokens["eos_token"]
-    assert [Tokenizer(model).vocabulary.token_bytes(i) for i in Tokenizer(model).eos_token_ids] == [end.encode()]
+    assert Tokenizer(model).eos_token_ids == (end,)
+    change(model / "tokenizer_config.json", eos_token="no token of this vocabulary")
+    assert Tokenizer(model).eos_token_ids == ()
+
+
+def test_end_tokens_that_cannot_be_generated_are_dropped_with_a_warning(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(model / "config.json", eos_token_id=None)
+    change(model / "generation_config.json", eos_token_id=[0, 4096, 151_645, -1])
+    assert Tokenizer(model).eos_token_ids == (0, 4)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "[4096, 151645, -1]" in record.getMessage()
 
 
 def test_a_nested_text_config_is_read(model: Path) -> None:
@@ -81,8 +94,21 @@ def test_a_nested_text_config_is_read(model: Path) -> None:
 def test_sampling_defaults_are_read_and_checked(model: Path) -> None:
     change(model / "generation_config.json", temperature=0.6, top_k=20)
     assert Tokenizer(model).sampling_defaults.model_dump(exclude_none=True) == {"temperature": 0.6, "top_k": 20}
-    change(model / "generation_config.json", temperature=-1)
-    with pytest.raises(ModelRefused, match="temperature"):
+
+
+@pytest.mark.parametrize("top_k", [-1, 0])
+def test_top_k_of_the_model_may_be_off(model: Path, top_k: int) -> None:
+    change(model / "generation_config.json", top_k=top_k)
+    assert Tokenizer(model).sampling_defaults.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("top_k", -2), ("top_k", "all"), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2)],
+)
+def test_sampling_defaults_out_of_range_reject_the_model(model: Path, name: str, value: object) -> None:
+    change(model / "generation_config.json", **{name: value})
+    with pytest.raises(ModelRefused, match=f"generation_config.json: {name} is {value!r}"):
         Tokenizer(model)
 
 
@@ -107,7 +133,7 @@ def test_what_is_wrong_with_a_model_is_said(model: Path) -> None:
         Tokenizer.load(str(model))
 
 
-async def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer: Tokenizer) -> None:
+async def test_a_text_that_cannot_fit_is_rejected_before_it_is_tokenised(tokenizer: Tokenizer) -> None:
     with pytest.raises(ContextTooLong, match="characters"):
         await tokenizer.encode("a" * 1_000_000, max_tokens=100)
     with pytest.raises(ContextTooLong):
