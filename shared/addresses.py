@@ -1,16 +1,58 @@
-"""Under which address others reach a server of this machine."""
+"""Addresses of servers: how others reach one of this machine, and what of a URL may be shown."""
 
 import ipaddress
 import re
 import socket
+from dataclasses import dataclass
+from urllib.parse import SplitResult, unquote, urlsplit
 
 ELSEWHERE = ("192.0.2.1", 9)
 """An address that no network has (RFC 5737), behind the default route."""
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A URL taken apart: `url` has no user and password any more; they are decoded, and None where it had none."""
+
+    url: str
+    user: str | None = None
+    password: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.url!r}, {self.user!r})"
+
+
 def shown(url: str) -> str:
-    """A URL as it may be seen: without user and password."""
-    return re.sub(r"//[^/@]*@", "//", url)
+    """A URL as it may be shown: without user, password and query, even if it cannot be parsed."""
+    without_query = re.sub(r"\?.*", "", url[url.rfind("@") + 1 :], flags=re.DOTALL)
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)
+    if "@" not in url:
+        return re.sub(r"\?.*", "", url, flags=re.DOTALL)
+    return f"{scheme[0] if scheme else ''}{without_query}"
+
+
+def credentials(url: str) -> Credentials:
+    """Takes user and password out of a URL and decodes their percent-encoding.
+
+    Raises:
+        ValueError: the URL cannot be parsed. The text does not quote it, since it may contain a password.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+        parts.port  # noqa: B018 - raises where the port is no number
+    except ValueError:
+        parts = SplitResult("", "", "", "", "")
+    if not parts.hostname or "@" in f"{parts.path}{parts.query}{parts.fragment}":
+        raise ValueError(
+            "the URL cannot be parsed: write nats://user:password@host:port, with special characters of user and "
+            "password percent-encoded (/ as %2F, # as %23, @ as %40)"
+        )
+    if "@" not in parts.netloc:
+        return Credentials(url)
+    user = None if parts.username is None else unquote(parts.username)
+    password = None if parts.password is None else unquote(parts.password)
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return Credentials(bare if "://" in url else bare.removeprefix("//"), user, password)
 
 
 def advertised(host: str) -> str:

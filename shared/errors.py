@@ -21,7 +21,9 @@ PDServeError
 │   ├── NoInstance              503  no_instance            nobody there to serve it
 │   └── DeadlineExceeded        504  deadline_exceeded
 ├── TransferFailed              a KV fetch that did not end in a verified copy
-├── PeerUnavailable             an instance that did not answer a request on the bus
+├── PeerUnavailable             a peer that did not answer a request on the bus in time
+│   └── NoResponders            nobody is subscribed to the subject of the request
+├── MessageTooLarge             a message above max_payload of NATS, or with subjects above its control line limit
 ├── BusUnavailable              NATS cannot be reached
 ├── RegistryUnavailable         Redis cannot be reached
 ├── ModelRefused                a model that this engine cannot serve right
@@ -37,6 +39,8 @@ RETRY_AFTER_S = 1.0
 """After which a client may try again that met no free slot, or nobody."""
 
 MAX_SHOWN_CHARS = 60
+MAX_MESSAGE_CHARS = 2000
+"""A longer error text is cut, since it may quote a request."""
 MAX_PARAM_CHARS = 200
 
 
@@ -73,7 +77,13 @@ class RequestError(PDServeError):
 
     @property
     def body(self) -> ErrorBody:
-        return ErrorBody(code=self.code, message=self.message, param=self.param, retry_after_s=self.retry_after_s)
+        """The error as it travels; text and field name have bounded lengths."""
+        return ErrorBody(
+            code=self.code,
+            message=shortened(self.message, MAX_MESSAGE_CHARS),
+            param=None if self.param is None else shortened(self.param, MAX_PARAM_CHARS),
+            retry_after_s=self.retry_after_s,
+        )
 
 
 class InvalidRequest(RequestError):
@@ -101,8 +111,18 @@ class PathNotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
+    """The path does not take the method.
+
+    Args:
+        allow: the methods it takes, separated by commas, as in the header Allow.
+    """
+
     status = 405
     code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class RequestTimeout(RequestError):
@@ -172,7 +192,15 @@ class TransferFailed(PDServeError):
 
 
 class PeerUnavailable(PDServeError):
-    """A peer does not listen on the bus, or gave no answer in time."""
+    """A peer gave no answer on the bus in time."""
+
+
+class NoResponders(PeerUnavailable):
+    """Nobody is subscribed to the subject: NATS reported it at once, so the peer is gone."""
+
+
+class MessageTooLarge(PDServeError):
+    """A message cannot be sent: NATS would reject it. The text says which limit it exceeds and what to do."""
 
 
 class BusUnavailable(PDServeError):
@@ -189,6 +217,11 @@ class ModelRefused(PDServeError):
 
 class SettingsInvalid(PDServeError):
     """A setting is unknown or has a bad value; the message says what to write."""
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """`text` with at most `max_chars` characters; dots mark where it was cut."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def gateway_is_ending() -> NoInstance:

@@ -11,6 +11,7 @@ from shared.bus.connection import Bus
 from shared.errors import PDServeError
 from shared.groups import GroupSpec
 from shared.messages.records import GroupMap, InstanceRecord, Member
+from shared.messages.serving import Message
 from shared.registry.registry import Lead, Registry
 
 log = logging.getLogger(__name__)
@@ -133,4 +134,4 @@ class Maps:
         if lead is None or not await self._registry.write_map(lead, new):
             raise LeadLost("this controller leads no more")
         self._cluster.maps[new.name] = new
-        await self._bus.publish(subjects.map_of(new.name), new)
+        await self._bus.publish(subjects.CHANGED, Message())

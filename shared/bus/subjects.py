@@ -1,4 +1,7 @@
-"""Every NATS subject. `docs/protocol.md` has the same table with the messages beside it."""
+"""Every NATS subject. `docs/protocol.md` has the same table with the messages beside it.
+
+`pdserve/nats_accounts.py` derives from these functions who may publish and subscribe where.
+"""
 
 PREFIX = "pdserve.v1"
 
@@ -6,49 +9,45 @@ GENERATE = f"{PREFIX}.generate"
 """The public request API; gateways share it as one queue group."""
 
 CANCEL = f"{PREFIX}.cancel"
-"""Public: ends a request of the API by its id; every gateway hears it."""
+"""Public: ends a request of the API by its id; every gateway receives it."""
 
 STATUS = f"{PREFIX}.controller.status"
-"""Public: the controller's view of groups, instances and gateways."""
+"""For operators: the controller's view of groups, instances and gateways, page by page."""
 
 CHANGED = f"{PREFIX}.changed"
-"""An instance's record has changed in more than its figures: read it now."""
+"""A map, or more of an instance's record than its figures, has changed in Redis: read it now. Carries no content."""
 
 PROVISION = f"{PREFIX}.provision"
-"""Whoever can start and end instances listens here: `pdserve up`."""
+"""Received by the process that can start and end instances: `pdserve up`."""
 
 GATEWAYS = "gateways"
 """The queue group in which gateways share GENERATE."""
 
 
 def instance(instance_id: str, verb: str) -> str:
-    """The subject of one verb of an instance: `prefill`, `decode`, `cancel`, `assign`, or `gone.<gateway id>` (`gone`).
+    """The subject of one verb of an instance.
 
-    All verbs of an instance arrive over one subscription (`instance(id, ">")`), so a cancel never overtakes its
-    request.
+    Verbs: `prefill`, `decode`, `start`, `cancel`, `ping`, `assign`, and `gone.<gateway id>` (`gone`). All arrive over
+    one subscription (`instance(id, ">")`), so a cancel never overtakes its request.
     """
     return f"{PREFIX}.instance.{instance_id}.{verb}"
 
 
-def map_of(group: str) -> str:
-    """Where the leading controller announces a group's map: `GroupMap` as it stands in Redis."""
-    return f"{PREFIX}.map.{group}"
-
-
-def admin(verb: str) -> str:
-    """The operator's wishes to the leading controller (`pdserve flip` and the like)."""
-    return f"{PREFIX}.admin.{verb}"
-
-
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one kind of event for a gateway: `prefilled`, `tokens`, `moved`, `failed`, `slot_freed` or
-    `gone.<request>.<index>`.
+    """The subject of one verb of a gateway, or of a controller while it sends a canary request.
+
+    Verbs: `prefilled`, `tokens`, `moved`, `failed`, `slot_freed`, `ping`, and `gone.<request>.<index>` (`gone`).
     """
     return f"{PREFIX}.gateway.{gateway_id}.{verb}"
 
 
+def admin(verb: str) -> str:
+    """An operator's request to the leading controller (`pdserve flip` and the like)."""
+    return f"{PREFIX}.admin.{verb}"
+
+
 def gone(key: str) -> str:
-    """The verb under which NATS tells a sender (503, no responders) that nobody listens to its stream `key`."""
+    """The verb under which NATS reports to a sender (503, no responders) that nobody is subscribed to `key`."""
     return f"gone.{key}"
 
 
@@ -56,3 +55,8 @@ def verb_and_key(subject: str) -> tuple[str, str]:
     """The verb of a subject of `instance` or `gateway`, and the key behind it, if any."""
     tokens = subject.split(".")
     return tokens[4], ".".join(tokens[5:])
+
+
+def is_inbox(subject: str) -> bool:
+    """Whether a client may receive answers there: a subject of its own, not one that carries services' messages."""
+    return bool(subject) and subject.partition(".")[0] != PREFIX.partition(".")[0] and not subject.startswith("$")

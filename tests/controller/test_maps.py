@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from shared.bus.connection import Bus, Incoming
 from shared.errors import RegistryUnavailable
 from shared.groups import GroupSpec
 from shared.messages.records import GroupMap
+from shared.messages.serving import Message
 from shared.registry import keys, registry
 from shared.registry.registry import Lead, Registry
 from tests.controller.world import map_of, member, serving
@@ -38,15 +40,29 @@ class Desk:
     records: Registry
     lead: Lead | None = None
     announced: list[GroupMap] = field(default_factory=list)
+    """The map that was last written before each announcement, which itself has no content."""
+    unannounced: deque[GroupMap] = field(default_factory=deque)
+    markers: set[str] = field(default_factory=set)
     cluster: Cluster = field(default_factory=lambda: Cluster(2.0))
 
     def __post_init__(self) -> None:
         self.maps = Maps(self.cluster, self.records, self.bus, lambda: self.lead)
+        write = self.records.write_map
+
+        async def write_map(lead: Lead, new: GroupMap) -> bool:
+            is_written = await write(lead, new)
+            if is_written:
+                self.unannounced.append(new)
+            return is_written
+
+        self.records.write_map = write_map  # type: ignore[method-assign]
 
     async def hear(self, incoming: Incoming) -> None:
-        one = incoming.parse(GroupMap)
-        assert incoming.subject == subjects.map_of(one.name)
-        self.announced.append(one)
+        if incoming.subject == subjects.CHANGED:
+            incoming.parse(Message)
+            self.announced.append(self.unannounced.popleft())
+        else:
+            self.markers.add(incoming.subject)
 
     async def take_the_lead(self, controller_id: str = "one") -> Lead:
         self.lead = await self.records.lead(controller_id, 60.0)
@@ -55,10 +71,11 @@ class Desk:
 
     async def all_announced(self) -> list[GroupMap]:
         """All that has been announced so far, once."""
-        marker = map_of("marker", version=time.monotonic_ns())
-        await self.bus.publish(subjects.map_of("marker"), marker)
-        await eventually(lambda: marker in self.announced)
-        found = [one for one in self.announced if one.name != "marker"]
+        marker = subjects.admin(f"marker-{time.monotonic_ns()}")
+        await self.bus.publish(marker, Message())
+        await eventually(lambda: marker in self.markers)
+        assert not self.unannounced, "every map that is written is announced"
+        found = list(self.announced)
         self.announced.clear()
         return found
 
@@ -76,7 +93,7 @@ async def desk(nats_url: str, redis_url: str) -> AsyncIterator[Desk]:
         registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records,
     ):
         made = Desk(bus, records)
-        await bus.subscribe(subjects.map_of("*"), made.hear)
+        await bus.subscribe(f"{subjects.PREFIX}.>", made.hear)
         await made.take_the_lead()
         yield made
 

@@ -46,7 +46,7 @@ class Client:
                 ends.append(incoming.parse(kinds[kind]))
 
         stop = await self.bus.subscribe("answer", hear)
-        await self.bus.publish(subjects.GENERATE, Anything.model_validate(fields), tell_if_gone="answer")
+        await self.bus.publish(subjects.GENERATE, Anything.model_validate(fields), no_responders_to="answer")
         await eventually(lambda: ends)
         await stop()
         [end] = ends
@@ -108,7 +108,7 @@ async def test_a_client_may_be_given_up_after_its_answer_is_forgotten(
 
             await bus.subscribe(subjects.gateway("g", ">"), told)
             await api.subscribe()
-            await bus.publish(subjects.GENERATE, Message(v=1), tell_if_gone="an-inbox-of-nobody")
+            await bus.publish(subjects.GENERATE, Message(v=1), no_responders_to="an-inbox-of-nobody")
             await eventually(lambda: api._answering)
             servers.processes["nats"].kill()
             servers.processes["nats"].wait()

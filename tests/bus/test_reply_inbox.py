@@ -9,10 +9,9 @@ import nats
 import pytest
 
 from pdserve.servers import Servers
-from services.gateway import inbox as inbox_module
-from shared.bus.reply_inbox import Inbox
-from shared.bus import connection
+from shared.bus import connection, reply_inbox
 from shared.bus.connection import Incoming
+from shared.bus.reply_inbox import ReplyInbox
 from shared.messages.generate_api import GenerateChunk
 from tests.harness import eventually, free_port
 
@@ -20,7 +19,7 @@ from tests.harness import eventually, free_port
 class Sender:
     """An inbox, and what became of it."""
 
-    def __init__(self, inbox: Inbox) -> None:
+    def __init__(self, inbox: ReplyInbox) -> None:
         self.inbox = inbox
         self.gone = asyncio.Event()
 
@@ -32,16 +31,19 @@ class Sender:
 
 @asynccontextmanager
 async def sender(nats_url: str) -> AsyncIterator[Sender]:
-    async with connection.connect(nats_url, name="g", timeout_s=5.0) as bus, asyncio.TaskGroup() as tasks:
-        made = Sender(Inbox(bus, "inbox", "told.r", tasks, lambda: made.gone.set()))
+    async with connection.connect(nats_url, name="g", timeout_s=5.0) as bus:
+        made = Sender(ReplyInbox(bus, "inbox", "reported.r", lambda: made.gone.set()))
 
-        async def told(incoming: Incoming) -> None:
-            if incoming.nobody_listens:
-                made.inbox.unheard(int(incoming.subject.rsplit(".", 1)[1]))
+        async def on_report(incoming: Incoming) -> None:
+            if incoming.is_no_responders:
+                made.inbox.on_no_responders(int(incoming.subject.rsplit(".", 1)[1]))
 
-        await bus.subscribe("told.>", told)
-        bus.on_reconnect(lambda: made.inbox.bus_came_back())
-        yield made
+        await bus.subscribe("reported.>", on_report)
+        bus.on_reconnect(lambda: made.inbox.bus_reconnected())
+        try:
+            yield made
+        finally:
+            made.inbox.close()
 
 
 async def test_a_restart_of_the_bus_loses_a_slow_client_nothing(servers: Servers) -> None:
@@ -76,9 +78,11 @@ async def test_a_client_that_went_is_noticed_at_once(nats_url: str) -> None:
         await eventually(one.gone.is_set)
 
 
-async def test_one_that_does_not_come_back_is_given_up(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbox_module, "CLIENT_RETURNS_S", 0.5)
-    monkeypatch.setattr(inbox_module, "SEND_AGAIN_S", 0.1)
+async def test_a_client_that_does_not_return_is_considered_gone(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_inbox, "CLIENT_RETURNS_S", 0.5)
+    monkeypatch.setattr(reply_inbox, "SEND_AGAIN_S", 0.1)
     port = free_port()
     async with sender(servers.start_nats(port)) as one:
         servers.processes["nats"].kill()
