@@ -12,7 +12,18 @@ from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import PDServeError, PeerUnavailable, RequestError
 from shared.messages.records import InstanceRecord
-from shared.messages.serving import AskReply, Cancel, DecodeRequest, Failed, Prefilled, PrefillRequest, StepTokens
+from shared.messages.serving import (
+    Ask,
+    AskReply,
+    Cancel,
+    Failed,
+    KVLease,
+    Ping,
+    Pong,
+    Prefilled,
+    Start,
+    StepTokens,
+)
 from shared.sampling import SamplingParams
 from shared.telemetry import tracing
 
@@ -53,6 +64,9 @@ class Canary:
             elif verb == "failed":
                 failed = incoming.parse(Failed)
                 self._put(failed.request_id, failed)
+            elif verb == "ping":
+                asked = incoming.parse(Ping).request_ids
+                await incoming.respond(Pong(unknown=[one for one in asked if one not in self._events]))
         except RequestError:
             return  # another version's: the canary that waits for it fails by its deadline
 
@@ -92,29 +106,17 @@ class Canary:
     async def _run(
         self, request_id: str, events: "asyncio.Queue[Event]", prefill: InstanceRecord, decode: InstanceRecord | None
     ) -> list[int]:
-        sampling = SamplingParams(max_tokens=NUM_TOKENS if decode else 1, temperature=0.0)
-        deadline = time.time() + self.timeout_s
-        request = PrefillRequest(
-            request_id=request_id,
-            gateway_id=self.controller_id,
-            epoch=prefill.epoch,
-            fingerprint=prefill.fingerprint,
-            token_ids=PROMPT,
-            num_prompt_tokens=len(PROMPT),
-            sampling=sampling,
-            arrived_at=time.time(),
-            is_canary=True,
-        )
-        await self._ask(prefill, "prefill", request, deadline)
+        deadline = time.monotonic() + self.timeout_s
+        num_outputs = NUM_TOKENS if decode else 1
+        await self._ask(prefill, "prefill", self._question(request_id, prefill, PROMPT, num_outputs), deadline)
         prefilled = await _next(events)
         if not isinstance(prefilled, Prefilled):
             raise CanaryFailed(f"{prefill.id} generates before it has prefilled")
         token_ids = [prefilled.token.token_id]
         if decode is None or prefilled.lease is None:
             return token_ids
-        fields = dict(request) | {"epoch": decode.epoch, "token_ids": [*PROMPT, *token_ids], "lease": prefilled.lease}
-        fields.pop("first_token_by")
-        await self._ask(decode, "decode", DecodeRequest.model_validate(fields), deadline)
+        question = self._question(request_id, decode, [*PROMPT, *token_ids], num_outputs, prefilled.lease)
+        await self._ask(decode, "decode", question, deadline)
         while len(token_ids) < NUM_TOKENS:
             step = await _next(events)
             if not isinstance(step, StepTokens) or step.tokens[0].index != len(token_ids):
@@ -124,16 +126,37 @@ class Canary:
                 break
         return token_ids
 
-    async def _ask(
-        self, instance: InstanceRecord, verb: str, request: PrefillRequest | DecodeRequest, deadline: float
-    ) -> None:
+    def _question(
+        self,
+        request_id: str,
+        instance: InstanceRecord,
+        token_ids: list[int],
+        max_tokens: int,
+        lease: KVLease | None = None,
+    ) -> Ask:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        return Ask(
+            request_id=request_id,
+            gateway_id=self.controller_id,
+            epoch=instance.epoch,
+            fingerprint=instance.fingerprint,
+            num_tokens=len(token_ids),
+            num_prompt_tokens=len(PROMPT),
+            max_tokens=max_tokens,
+            expires_in_s=self.timeout_s,
+            lease=lease,
+            is_canary=True,
+            start=Start(request_id=request_id, token_ids=token_ids, sampling=sampling),
+        )
+
+    async def _ask(self, instance: InstanceRecord, verb: str, question: Ask, deadline: float) -> None:
         """Until it accepts: one that is full, as in a group that lacks the role of the newcomer, is soon less so."""
         subject = subjects.instance(instance.id, verb)
         while True:
-            answer = await self.bus.request(subject, request, AskReply, timeout_s=ANSWER_TIMEOUT_S, deadline=deadline)
+            answer = await self.bus.request(subject, question, AskReply, timeout_s=ANSWER_TIMEOUT_S)
             if answer.accepted:
                 return
-            if answer.reason != "no_blocks" or time.time() > deadline:
+            if answer.reason not in ("no_blocks", "busy") or time.monotonic() > deadline:
                 raise CanaryFailed(f"{instance.id} refuses the canary request: {answer.reason}")
             await asyncio.sleep(ASK_AGAIN_S)
 
