@@ -249,6 +249,8 @@ def _sentence(found: ErrorDetails, param: str) -> str:
         return f"`{param}` is unknown: remove it, or check its spelling."
     if found["type"] == "json_invalid":
         return f"This is not JSON: {message.removeprefix('Invalid JSON: ')}."
+    if not param:
+        return f"The request {message[0].lower()}{message[1:]}."
     shown = repr(found["input"])
     if len(shown) > MAX_SHOWN_CHARS:
         shown = f"{shown[:MAX_SHOWN_CHARS]}..."

@@ -7,20 +7,27 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, get_current_span
 
 from services.gateway.api import ApiContext, check_model
-from shared.text.text_stream import complete
-from shared.bus.reply_inbox import Inbox
-from services.gateway.telemetry import ChoiceTimer
+from services.gateway.request import Request, TokenOutput
 from services.gateway.sampling import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
+from services.gateway.telemetry import ChoiceTimer
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
-from shared.errors import Cancelled, InternalError, InvalidRequest, RequestError, gateway_is_ending
+from shared.bus.reply_inbox import ReplyInbox
+from shared.errors import (
+    Cancelled,
+    InternalError,
+    InvalidRequest,
+    MessageTooLarge,
+    RequestError,
+    gateway_is_ending,
+)
 from shared.messages.generate_api import (
     CancelGenerate,
     GenerateChunk,
@@ -29,211 +36,230 @@ from shared.messages.generate_api import (
     GenerateRequest,
     GenerateUsage,
 )
+from shared.registry.open_answers import OpenAnswer, OpenAnswers
 from shared.sampling import FinishReason, SamplingParams
 from shared.telemetry import tracing
+from shared.text.text_stream import TextDelta, TextStream
 
 ENDPOINT = "nats"
 LINGER_S = 15.0
-"""How long an answer that is over is kept, as its last message may have to be sent again: longer than clients take."""
+"""How long a finished answer is kept, as its last message may have to be sent again after a reconnect."""
+MAX_OPEN_ANSWERS = 16_384
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Answering:
-    """A request that is being answered. `key` is ours, and unique everywhere; `id` is what the client calls it."""
+class Answer:
+    """An answer to a client. `key` is ours and unique everywhere; `id` is the client's name for it."""
 
     key: str
     id: str
-    inbox: Inbox
+    inbox: ReplyInbox
     task: asyncio.Task[None] | None = None
     ended_by: RequestError | None = None
-    is_over: bool = False
+    is_finished: bool = False
 
 
 class NatsApi:
     """Serves `pdserve.v1.generate` and `pdserve.v1.cancel`."""
 
-    def __init__(self, api: ApiContext, bus: Bus, gateway_id: str, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, api: ApiContext, bus: Bus, gateway_id: str, open_answers: OpenAnswers) -> None:
         self._api = api
         self._bus = bus
         self._gateway_id = gateway_id
-        self._tasks = tasks
-        self._answering: dict[str, Answering] = {}
-        """By key; those that are over stay for a while, as their last message may have to be sent again."""
-        self._stop_taking: Callable[[], Awaitable[None]] | None = None
-        self._draining = False
+        self._open_answers = open_answers
+        self._answers: dict[str, Answer] = {}
+        """By key; finished ones stay for `LINGER_S`."""
+        self._unsubscribe: Callable[[], Awaitable[None]] | None = None
+        self._is_draining = False
 
     async def subscribe(self) -> None:
-        self._bus.on_reconnect(self._bus_came_back)
-        self._stop_taking = await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
+        self._bus.on_reconnect(self._bus_reconnected)
+        self._unsubscribe = await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
         await self._bus.subscribe(subjects.CANCEL, self._on_cancel)
 
-    def nobody_heard(self, key_and_index: str) -> None:
-        """NATS tells that nobody listened to a message of an answer."""
+    def on_no_responders(self, key_and_index: str) -> None:
+        """Handles NATS' report that nobody was subscribed for a message of an answer."""
         key, _, index = key_and_index.partition(".")
-        if key in self._answering:
-            self._answering[key].inbox.unheard(int(index))
+        if key in self._answers and index.isdecimal() and len(index) < 12:
+            self._answers[key].inbox.on_no_responders(int(index))
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no more requests, lets those that it has end for a while, then ends them."""
-        self._draining = True
-        if self._stop_taking is not None:
-            await self._stop_taking()
-        running = [one.task for one in self._answering.values() if one.task is not None and not one.is_over]
+        """Takes no more requests, lets the open ones finish for a while, then ends them."""
+        self._is_draining = True
+        if self._unsubscribe is not None:
+            await self._unsubscribe()
+        running = [one.task for one in self._answers.values() if one.task is not None and not one.is_finished]
         if running:
             await asyncio.wait(running, timeout=timeout_s)
-        for answering in list(self._answering.values()):
-            self._end(answering, gateway_is_ending())
+        for answer in list(self._answers.values()):
+            self._end(answer, gateway_is_ending())
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)
+        for answer in self._answers.values():
+            answer.inbox.close()
 
-    def _bus_came_back(self) -> None:
-        for answering in self._answering.values():
-            answering.inbox.bus_came_back()
+    def _bus_reconnected(self) -> None:
+        for answer in self._answers.values():
+            answer.inbox.bus_reconnected()
 
-    def _end(self, answering: Answering, why: RequestError) -> None:
-        if answering.is_over or answering.ended_by is not None:
-            return
-        answering.ended_by = why
-        if answering.task is not None:
-            answering.task.cancel()
+    def _end(self, answer: Answer, error: RequestError) -> None:
+        if not answer.is_finished and answer.ended_by is None:
+            answer.ended_by = error
+            if answer.task is not None:
+                answer.task.cancel()
 
     async def _on_cancel(self, incoming: Incoming) -> None:
         try:
-            wanted = incoming.parse(CancelGenerate).id
+            cancelled_id = incoming.parse(CancelGenerate).id
         except InvalidRequest as error:
-            log.warning("cannot read a cancel: %s", error.message)
+            log.warning("skipping a malformed cancel: %s", error.message)
             return
-        answering = self._running(wanted)
-        if answering is not None:
-            self._end(answering, Cancelled("cancelled by the client"))
+        answer = self._running(cancelled_id)
+        if answer is not None:
+            self._end(answer, Cancelled("cancelled by the client"))
 
     async def _on_generate(self, incoming: Incoming) -> None:
-        if not incoming.reply_to:
-            log.warning("passed over a request without a reply inbox")
+        arrived_at = time.monotonic()
+        try:
+            answer = self._open(incoming.reply_to)
+        except (RequestError, MessageTooLarge) as error:
+            log.warning("skipping a request that cannot be answered: %s", error)
             return
-        answering = self._begin(incoming.reply_to)
         try:
             request = incoming.parse(GenerateRequest)
             if request.id is not None and self._running(request.id) is not None:
-                raise InvalidRequest(f"a request with the id {request.id} is being served: take another", param="id")
-            answering.id = request.id or answering.key
-            if self._draining:
+                raise InvalidRequest(f"A request with the id {request.id} is open: use another id.", param="id")
+            answer.id = request.id or answer.key
+            if self._is_draining:
                 raise gateway_is_ending()
         except RequestError as error:
-            await self._fail(answering, error)
-            self._forget_later(answering)
-            self._api.metrics.requests.labels(ENDPOINT, error.code).inc()
+            await self._fail(answer, error)
+            self._finished(answer, error.code)
             return
-        self._tasks.create_task(self._answer(request, answering, incoming))
+        answer.task = asyncio.create_task(self._answer(request, answer, incoming.trace_context, arrived_at))
+        self._open_answers.add(answer.key, OpenAnswer(inbox=incoming.reply_to, id=answer.id))
 
-    def _begin(self, reply_to: str) -> Answering:
+    def _open(self, reply_to: str) -> Answer:
+        """Opens the answer to a request.
+
+        Raises:
+            InvalidRequest, MessageTooLarge: the reply subject cannot be used.
+        """
+        if not reply_to:
+            raise InvalidRequest("a request without a reply inbox")
+        if len(self._answers) >= MAX_OPEN_ANSWERS:
+            raise InvalidRequest(f"{MAX_OPEN_ANSWERS} answers are open already")
         key = f"gen-{secrets.token_hex(12)}"
-        told = subjects.gateway(self._gateway_id, subjects.gone(key))
+        reports = subjects.gateway(self._gateway_id, subjects.gone(key))
 
         def on_gone() -> None:
-            if key in self._answering:  # an answer that is over may be forgotten before its client is given up
-                self._end(self._answering[key], Cancelled("nobody listens in the reply inbox"))
+            if key in self._answers:
+                self._end(self._answers[key], Cancelled("nobody is subscribed to the reply inbox"))
 
-        answering = Answering(key, key, Inbox(self._bus, reply_to, told, self._tasks, on_gone))
-        self._answering[key] = answering
-        return answering
+        answer = Answer(key, key, ReplyInbox(self._bus, reply_to, reports, on_gone))
+        self._answers[key] = answer
+        return answer
 
-    def _running(self, request_id: str) -> Answering | None:
-        return next((one for one in self._answering.values() if one.id == request_id and not one.is_over), None)
+    def _running(self, request_id: str) -> Answer | None:
+        return next((one for one in self._answers.values() if one.id == request_id and not one.is_finished), None)
 
-    def _forget_later(self, answering: Answering) -> None:
-        answering.is_over = True
-        asyncio.get_running_loop().call_later(LINGER_S, self._answering.pop, answering.key)
+    def _finished(self, answer: Answer, code: str) -> None:
+        answer.is_finished = True
+        self._open_answers.remove(answer.key)
+        self._api.metrics.requests.labels(ENDPOINT, code).inc()
+        asyncio.get_running_loop().call_later(LINGER_S, self._forget, answer)
 
-    async def _answer(self, request: GenerateRequest, answering: Answering, incoming: Incoming) -> None:
-        """Serves one request; whatever happens, its inbox gets one terminal message."""
-        code = "ok"
-        self._api.metrics.in_flight.labels(ENDPOINT).inc()
-        # Only now: a task that is cancelled before it has begun never begins, and nobody would be told.
-        answering.task = asyncio.current_task()
+    def _forget(self, answer: Answer) -> None:
+        answer.inbox.close()
+        self._answers.pop(answer.key, None)
+
+    async def _answer(self, request: GenerateRequest, answer: Answer, context: Context, arrived_at: float) -> None:
+        """Serves one request: its inbox gets exactly one terminal message, and no error leaves this task."""
+        in_flight = self._api.metrics.endpoint(ENDPOINT).in_flight
+        in_flight.inc()
+        error: RequestError | None = None
         try:
-            if answering.ended_by is not None:
-                raise answering.ended_by
-            with self._api.tracer.start_as_current_span(
-                "generate", incoming.trace_context, SpanKind.SERVER, {tracing.REQUEST_ID: answering.key}
-            ):
-                await self._generate(request, answering)
-        except RequestError as error:
-            code = error.code
-            await self._fail(answering, error)
-        except Exception:
-            log.exception("request %s met a fault of this program", answering.id)
-            failure = InternalError("the gateway failed at this request; its log says why")
-            code = failure.code
-            await self._fail(answering, failure)
+            attributes = {tracing.REQUEST_ID: answer.key}
+            with self._api.tracer.start_as_current_span("generate", context, SpanKind.SERVER, attributes):
+                await self._generate(request, answer, arrived_at)
+        except RequestError as known:
+            error = known
+        except MessageTooLarge as too_large:
+            error = InternalError(f"The answer does not fit into a message: {too_large}")
         except asyncio.CancelledError:
-            why = answering.ended_by or gateway_is_ending()
-            code = why.code
-            await self._fail(answering, why)
-            if answering.ended_by is None:
-                raise
+            error = answer.ended_by or gateway_is_ending()
+        except Exception:
+            log.exception("internal error while handling request %s", answer.id)
+            error = InternalError("The gateway failed at this request; its log says why.")
+        try:
+            if error is not None:
+                await self._fail(answer, error)
+        except Exception:
+            log.exception("the error of request %s could not be sent", answer.id)
         finally:
-            self._forget_later(answering)
-            self._api.metrics.in_flight.labels(ENDPOINT).dec()
-            self._api.metrics.requests.labels(ENDPOINT, code).inc()
+            in_flight.dec()
+            self._finished(answer, "ok" if error is None else error.code)
 
-    async def _generate(self, request: GenerateRequest, answering: Answering) -> None:
-        timer = ChoiceTimer(self._api.metrics, ENDPOINT, time.monotonic())
-        timeout_s = min(request.timeout_s or self._api.request_timeout_s, self._api.request_timeout_s)
-        deadline = time.time() + timeout_s
+    async def _generate(self, request: GenerateRequest, answer: Answer, arrived_at: float) -> None:
+        api = self._api
+        timeout_s = min(request.timeout_s or api.request_timeout_s, api.request_timeout_s)
         prompt_token_ids, sampling = await self._read(request)
-        num_tokens = num_cached_tokens = 0
-        finish_reason: FinishReason | None = None
-        tokens = self._api.core.generate(
-            prompt_token_ids,
-            sampling,
-            request_id=answering.key,
-            deadline=deadline,
+        served = Request(
+            id=answer.key,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            deadline=arrived_at + timeout_s,
+            arrived_at=arrived_at,
+            output=TokenOutput(),
             scenario=request.scenario,
-            priority=request.priority,
+            is_batch=request.priority == "batch",
         )
-        deltas = complete(
-            tokens,
-            detokenizer=self._api.tokenizer.detokenizer(prompt_token_ids),
-            stop=_stop(request),
-            min_tokens=request.min_tokens,
-        )
-        async with aclosing(deltas):
-            async for delta in deltas:
-                timer.token(time.monotonic())
-                num_tokens += len(delta.token_ids)
-                if delta.num_cached_tokens is not None:
-                    num_cached_tokens = delta.num_cached_tokens
-                finish_reason = delta.finish_reason
-                chunk = GenerateChunk(
-                    id=answering.id,
-                    index=answering.inbox.index,
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    logprobs=delta.logprobs or None,
-                )
-                await answering.inbox.send(chunk)
-        assert finish_reason is not None, "complete() ends with a finish reason or raises"
-        timer.end()
+        detokenizer = api.tokenizer.detokenizer(prompt_token_ids)
+        text = TextStream(detokenizer, stop=request.stop or (), min_tokens=request.min_tokens)
+        async with api.core.serving([served]):
+            usage, finish_reason = await self._stream(served, text, answer)
         span = get_current_span()
-        span.set_attribute(tracing.NUM_PROMPT_TOKENS, len(prompt_token_ids))
-        span.set_attribute(tracing.NUM_OUTPUT_TOKENS, num_tokens)
-        usage = GenerateUsage(
-            prompt_tokens=len(prompt_token_ids),
-            completion_tokens=num_tokens,
-            total_tokens=len(prompt_token_ids) + num_tokens,
-            cached_tokens=num_cached_tokens,
-        )
-        done = GenerateDone(id=answering.id, index=answering.inbox.index, finish_reason=finish_reason, usage=usage)
-        await answering.inbox.send(done)
+        span.set_attribute(tracing.NUM_PROMPT_TOKENS, usage.prompt_tokens)
+        span.set_attribute(tracing.NUM_OUTPUT_TOKENS, usage.completion_tokens)
+        done = GenerateDone(id=answer.id, index=answer.inbox.index, finish_reason=finish_reason, usage=usage)
+        await answer.inbox.send(done)
+
+    async def _stream(self, served: Request, text: TextStream, answer: Answer) -> tuple[GenerateUsage, FinishReason]:
+        """Sends a chunk for all tokens that have arrived, again and again, up to the last token."""
+        timer = ChoiceTimer(self._api.metrics, ENDPOINT, served.arrived_at)
+        num_tokens = num_cached_tokens = 0
+        while True:
+            deltas: list[TextDelta] = []
+            for _, token in await served.output.read():
+                deltas.append(text.feed(token))
+                timer.token(time.monotonic())
+                if deltas[-1].finish_reason is not None:
+                    break
+            num_tokens += len(deltas)
+            num_cached_tokens += sum(delta.num_cached_tokens or 0 for delta in deltas)
+            finish_reason = deltas[-1].finish_reason
+            if finish_reason is not None:
+                self._api.core.finish(served)
+            await answer.inbox.send(_chunk(answer, deltas))
+            if finish_reason is not None:
+                timer.end()
+                usage = GenerateUsage(
+                    prompt_tokens=len(served.prompt_token_ids),
+                    completion_tokens=num_tokens,
+                    total_tokens=len(served.prompt_token_ids) + num_tokens,
+                    cached_tokens=num_cached_tokens,
+                )
+                return usage, finish_reason
 
     async def _read(self, request: GenerateRequest) -> tuple[list[int], SamplingParams]:
-        """The prompt's tokens and complete sampling parameters."""
+        """Returns the prompt's tokens and complete sampling parameters."""
         api = self._api
         if request.model is not None:
             check_model(api, request.model)
         if request.timeout_s is not None and request.timeout_s <= 0:
-            raise InvalidRequest("`timeout_s` must be over 0", param="timeout_s")
+            raise InvalidRequest("`timeout_s` must be over 0.", param="timeout_s")
         max_model_len = api.core.max_model_len()
         param, prompt_token_ids = await self._prompt(request, max_model_len)
         check_prompt(prompt_token_ids, api.tokenizer, max_model_len, param)
@@ -253,7 +279,7 @@ class NatsApi:
         given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
         if len(given) != 1:
             raise InvalidRequest(
-                f"give exactly one of prompt, prompt_token_ids and messages, not {' and '.join(given) or 'none'}"
+                f"Give exactly one of prompt, prompt_token_ids and messages, not {' and '.join(given) or 'none'}."
             )
         [param] = given
         tokenizer = self._api.tokenizer
@@ -265,13 +291,33 @@ class NatsApi:
         assert request.prompt_token_ids is not None
         return param, request.prompt_token_ids
 
-    async def _fail(self, answering: Answering, error: RequestError) -> None:
-        failed = GenerateFailed(id=answering.id, index=answering.inbox.index, error=error.body)
-        await answering.inbox.send(failed)
+    async def _fail(self, answer: Answer, error: RequestError) -> None:
+        await answer.inbox.send(GenerateFailed(id=answer.id, index=answer.inbox.index, error=error.body))
 
 
-def _stop(request: GenerateRequest) -> list[str]:
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if not all(stop):
-        raise InvalidRequest("a stop string is empty: leave it out", param="stop")
-    return stop
+async def end_orphans(bus: Bus, open_answers: OpenAnswers, gateway_id: str) -> None:
+    """Sends a terminal error to the clients of a gateway that has died.
+
+    Raises:
+        RegistryUnavailable: nothing was sent; call again.
+    """
+    orphans = await open_answers.claim(gateway_id)
+    if orphans:
+        log.warning("gateway %s has died: ending its %d open answers on NATS", gateway_id, len(orphans))
+    error = InternalError("The gateway that served this request has died: send the request again.", retry_after_s=0.0)
+    for orphan in orphans:
+        try:
+            await bus.publish(orphan.inbox, GenerateFailed(id=orphan.id, index=-1, error=error.body))
+        except MessageTooLarge as too_large:
+            log.warning("an open answer of %s cannot be ended: %s", gateway_id, too_large)
+
+
+def _chunk(answer: Answer, deltas: Sequence[TextDelta]) -> GenerateChunk:
+    logprobs = [one for delta in deltas for one in delta.logprobs]
+    return GenerateChunk(
+        id=answer.id,
+        index=answer.inbox.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs or None,
+    )

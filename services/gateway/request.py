@@ -9,10 +9,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from shared.errors import DeadlineExceeded, PDServeError, RequestError, SlowClient
 from shared.messages.serving import Moved, OutputToken, Prefilled
 from shared.sampling import SamplingParams
+
+T = TypeVar("T")
 
 MAX_UNREAD_TOKENS = 16_384
 """A client that leaves more tokens unread loses its request: unread tokens must not fill the gateway's memory."""
@@ -46,9 +49,13 @@ class AttemptFailed(PDServeError):
 
 @dataclass(frozen=True, slots=True)
 class DecodeStarted:
-    """The first token of a decode instance has arrived, so it has fetched the KV."""
+    """The first token of a decode instance has arrived, so it has fetched the KV.
+
+    `num_cached_tokens` of the prompt were cached there, if that instance computed the prompt itself.
+    """
 
     instance_id: str
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,9 @@ class Request:
         fingerprint: the weights it started on. It never continues on others.
         token_ids: the prompt and what has been generated so far.
         participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
+        failed_at: instances that failed it since its last token: others are preferred.
+        num_failures: attempts that failed since its last token, as far as they count.
+        is_finished: whether it has all the tokens it needs.
     """
 
     id: str
@@ -136,10 +146,15 @@ class Request:
     attempt: int = -1
     token_ids: list[int] = field(init=False)
     participants: set[str] = field(default_factory=set)
+    failed_at: set[str] = field(default_factory=set)
+    num_failures: int = 0
+    is_finished: bool = False
     last_event_at: float = field(default_factory=time.monotonic)
     _events: deque[Event | Exception] = field(default_factory=deque)
     _waiter: asyncio.Future[None] | None = None
     _decode_is_new: bool = False
+    _num_tokens_at_failure: int = -1
+    _shared_a_failure: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -178,16 +193,31 @@ class Request:
         self.last_event_at = time.monotonic()
         if self._decode_is_new:
             self._decode_is_new = False
-            self.push_event(DecodeStarted(instance_id))
+            self.push_event(DecodeStarted(instance_id, token.num_cached_tokens or 0))
         if token.index != expected:
             if token.index > expected:
                 message = f"expected token {expected} but received {token.index}: messages were lost"
                 self.push_event(AttemptFailed(message, instance_id=instance_id))
             return
-        self.token_ids.append(token.token_id)
-        self.output.push(self, token)
+        self._append(token)
         if token.finish_reason is not None:
             self.push_event(Finished(instance_id))
+
+    def push_prefilled(self, prefilled: Prefilled) -> None:
+        """Takes the end of prefill: the first token of the current attempt, and the lease on the KV."""
+        expected, token = self.num_output_tokens, prefilled.token
+        if token.index != expected:
+            message = f"expected token {expected} at the end of prefill but received {token.index}"
+            self.push_event(AttemptFailed(message, instance_id=prefilled.instance_id))
+            return
+        self._append(token.model_copy(update={"num_cached_tokens": prefilled.num_cached_tokens}))
+        self.push_event(prefilled)
+
+    def _append(self, token: OutputToken) -> None:
+        if self.has_started and token.num_cached_tokens is not None:
+            token = token.model_copy(update={"num_cached_tokens": None})  # the client hears it once, at first
+        self.token_ids.append(token.token_id)
+        self.output.push(self, token)
 
     def push_event(self, event: Event | Exception) -> None:
         """Takes an event that ends a phase of the current attempt, or the reason why the attempt failed."""
@@ -222,6 +252,35 @@ class Request:
             raise event
         return event
 
-    def failure(self) -> Exception | None:
-        """Why the current attempt has failed, if that is known already; the event stays where it is."""
-        return next((event for event in self._events if isinstance(event, Exception)), None)
+    async def unless_failed(self, work: asyncio.Future[T]) -> T:
+        """Waits for `work`. If the attempt fails first, cancels it and raises the failure. Takes no event."""
+        try:
+            while not work.done():
+                failure = next((event for event in self._events if isinstance(event, Exception)), None)
+                if failure is not None:
+                    raise failure
+                self._waiter = asyncio.get_running_loop().create_future()
+                await asyncio.wait([work, self._waiter], return_when=asyncio.FIRST_COMPLETED)
+            return work.result()
+        finally:
+            work.cancel()
+            await asyncio.wait([work])
+
+    def count_failure(self, failure: AttemptFailed) -> int:
+        """Counts a failed attempt; returns how many have counted since the last token.
+
+        A failure that another request of the same engine may have caused counts from the second time on.
+        """
+        if self._num_tokens_at_failure != len(self.token_ids):
+            self._num_tokens_at_failure = len(self.token_ids)
+            self.num_failures = 0
+            self._shared_a_failure = False
+            self.failed_at.clear()
+        if failure.instance_id is not None:
+            self.failed_at.add(failure.instance_id)
+        if failure.in_failed_step:
+            self.num_failures += failure.counts and self._shared_a_failure
+            self._shared_a_failure = True
+        else:
+            self.num_failures += failure.counts
+        return self.num_failures

@@ -1,38 +1,45 @@
-"""The gateway's process: connect, listen on the bus, serve HTTP, beat its heart, drain."""
+"""The gateway's process: connect, serve HTTP and NATS, watch instances and gateways, drain."""
 
 import asyncio
 import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 
 import uvicorn
 
-from services.gateway import policy
-from services.gateway.api import ApiContext, FirstToken
-from services.gateway.generator import Generator
+from services.gateway import routing
+from services.gateway.api import ApiContext
+from services.gateway.dispatcher import Dispatcher
+from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
+from services.gateway.instance_watch import Instances
+from services.gateway.nats_api import NatsApi, end_orphans
+from services.gateway.openai.app import http_server_config
+from services.gateway.request import Request
 from services.gateway.telemetry import GatewayMetrics
-from services.gateway.nats_api import NatsApi
-from services.gateway.openai.app import create_app
-from services.gateway.streams import Streams
 from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.errors import RequestError, SettingsInvalid
-from shared.messages.generate_api import Priority
+from shared.errors import NoResponders, PeerUnavailable, RegistryUnavailable, RequestError, SettingsInvalid
 from shared.messages.records import GatewayRecord
-from shared.messages.serving import OutputToken, SlotFreed
+from shared.messages.serving import Ping, Pong, SlotFreed
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
+from shared.registry.open_answers import OpenAnswers
 from shared.registry.registry import Registry
-from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings, hostname
 from shared.telemetry import tracing
 from shared.text.tokenizer import Tokenizer
+
+WATCH_GATEWAYS_EVERY_S = 0.5
+PING_TIMEOUT_S = 1.0
+DEAD_AFTER_PINGS = 2
+"""Pings in a row that find nobody subscribed before a gateway is taken for dead."""
+TIDY_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +70,12 @@ class Gateway:
         self._bus = bus
         self._records = records
         self._started_at = time.time()
-        self._streams = Streams(bus, gateway_id)
-        self._groups = Groups(settings, records, bus, self._streams.num_open, self._streams.lose)
-        self._generator = Generator(
-            settings,
-            bus,
-            self._streams,
-            self._groups.of,
-            lambda: self._groups.scenarios if self._groups.finds_scenarios else None,
-        )
         self._metrics = GatewayMetrics()
+        self._router = EventRouter(bus, gateway_id)
+        self._groups = Groups(settings, records, self._router.participants, self._heartbeat_lost)
+        self._instances = Instances(bus, self._router, self._instance_lost, self._groups.mark_alive)
+        self._dispatcher = Dispatcher(settings, self._router, self._instances, self._groups, self._metrics)
+        self._open_answers = OpenAnswers(records, gateway_id)
         self._api = ApiContext(
             core=self,
             tokenizer=tokenizer,
@@ -82,30 +85,13 @@ class Gateway:
             max_body_bytes=settings.max_body_bytes,
             request_timeout_s=settings.request_timeout_s,
         )
+        self._nats_api = NatsApi(self._api, bus, gateway_id, self._open_answers)
 
-    async def generate(
-        self,
-        prompt_token_ids: list[int],
-        sampling: SamplingParams,
-        *,
-        request_id: str,
-        deadline: float,
-        scenario: str | None = None,
-        priority: Priority = "interactive",
-    ) -> AsyncGenerator[OutputToken, None]:
-        tokens = self._generator.generate(
-            prompt_token_ids,
-            sampling,
-            request_id=request_id,
-            deadline=deadline,
-            scenario=scenario,
-            priority=priority,
-        )
-        async with aclosing(tokens):
-            async for token in tokens:
-                if isinstance(token, FirstToken):
-                    self._metrics.count_cached(token.scenario, len(prompt_token_ids), token.num_cached_tokens)
-                yield token
+    def serving(self, requests: Sequence[Request]) -> AbstractAsyncContextManager[None]:
+        return self._dispatcher.serving(requests)
+
+    def finish(self, request: Request) -> None:
+        self._dispatcher.finish(request)
 
     def max_model_len(self) -> int:
         return self._groups.max_model_len() or self._tokenizer.max_model_len
@@ -117,28 +103,27 @@ class Gateway:
         missing = [role for role, found in (("prefill", prefills), ("decode", decoders)) if not found]
         if missing:
             return f"no {' and no '.join(missing)} instance of {self._settings.served_model_name} is ready"
-        if not any(self._can_serve(group) for group in self._groups.all()):
+        if not any(_can_serve(group) for group in self._groups.all()):
             return "no decode instance has the weights, dtype and KV layout of a prefill instance of its group"
         return None
-
-    def _can_serve(self, group: Group) -> bool:
-        decoders = group.ready("decode")
-        return any(policy.can_prefill(None, 0, decoders, one) for one in group.ready("prefill"))
 
     async def run(self, lifetime: Lifetime) -> None:
         """Serves until the lifetime ends, then drains."""
         settings = self._settings
         await self._groups.read()
         async with asyncio.TaskGroup() as tasks:
-            nats_api = NatsApi(self._api, self._bus, self._id, tasks)
-            self._nats_api = nats_api
-            self._bus.on_reconnect(self._streams.bus_came_back)
-            watching = tasks.create_task(self._groups.watch())
+            self._bus.on_reconnect(self._router.bus_reconnected)
+            watching = [
+                tasks.create_task(self._groups.watch()),
+                tasks.create_task(self._instances.watch()),
+                tasks.create_task(self._open_answers.run()),
+                tasks.create_task(self._watch_gateways()),
+                tasks.create_task(self._tidy()),
+            ]
             await self._bus.subscribe(subjects.gateway(self._id, ">"), self._on_message)
-            await self._bus.subscribe(subjects.map_of("*"), self._groups.on_map)
             await self._bus.subscribe(subjects.CHANGED, self._groups.on_changed)
-            await nats_api.subscribe()
-            server = _Server(_uvicorn_config(settings, self._api))
+            await self._nats_api.subscribe()
+            server = _Server(http_server_config(self._api, settings))
             serving = tasks.create_task(_serve_http(server, settings, lifetime))
             async with heartbeats(
                 self.record, self._records.write_gateway, self._records.remove_gateway, settings.heartbeat_s
@@ -146,12 +131,19 @@ class Gateway:
                 log.info("ready: %s serves HTTP at %s:%d", self._id, settings.http_host, settings.http_port)
                 await lifetime.until_ending()
                 server.should_exit = True
-                await nats_api.drain(settings.drain_timeout_s)
+                await self._nats_api.drain(settings.drain_timeout_s)
                 await serving
-            watching.cancel()
+            for task in watching:
+                task.cancel()
+        try:
+            await self._open_answers.close()
+        except RegistryUnavailable as error:
+            log.warning("the list of open answers could not be removed and will expire: %s", error)
 
     def record(self, heartbeat: int) -> GatewayRecord:
-        """This gateway's record as of now."""
+        """Returns this gateway's record as of now."""
+        failures, link_failures = self._instances.failures()
+        queues = {group.name: (group, self._dispatcher.queues(group)) for group in self._groups.all()}
         return GatewayRecord(
             id=self._id,
             pid=os.getpid(),
@@ -160,28 +152,77 @@ class Gateway:
             started_at=self._started_at,
             heartbeat=heartbeat,
             address=f"http://{advertised(self._settings.http_host)}:{self._settings.http_port}",
-            open_requests=len(self._streams),
-            waiting_requests=sum(group.prefill_line.num_waiting for group in self._groups.all()),
-            traffic={group.name: group.traffic() for group in self._groups.all()},
-            labels=self._groups.scenarios.traffic(),
+            open_requests=len(self._router),
+            waiting_requests=sum(waiting.prefill.num_waiting for _, waiting in queues.values()),
+            traffic={
+                name: group.counts.snapshot(waiting.prefill.num_waiting, waiting.decode.num_waiting)
+                for name, (group, waiting) in queues.items()
+            },
+            labels=self._groups.scenario_labels.traffic(),
+            failures=failures,
+            link_failures=link_failures,
         )
-
-    def _on_free(self, free: SlotFreed) -> None:
-        group = self._groups.named(free.group)
-        if group is not None:
-            group.line(free.role).hint()
 
     async def _on_message(self, incoming: Incoming) -> None:
         verb, key = subjects.verb_and_key(incoming.subject)
         try:
             if verb == "slot_freed":
-                self._on_free(incoming.parse(SlotFreed))
-            elif verb == "gone" and incoming.nobody_listens:
-                self._nats_api.nobody_heard(key)
+                self._on_slot_freed(incoming.parse(SlotFreed))
+            elif verb == "gone" and incoming.is_no_responders:
+                self._nats_api.on_no_responders(key)
             else:
-                await self._streams.on_message(verb, incoming)
+                await self._router.on_message(verb, incoming)
         except RequestError as error:
-            log.error("cannot read a message on %s: %s", incoming.subject, error.message)
+            log.error("skipping a malformed message on %s: %s", incoming.subject, error.message)
+
+    def _on_slot_freed(self, freed: SlotFreed) -> None:
+        group = self._groups.named(freed.group)
+        if group is not None:
+            self._dispatcher.queues(group).of(freed.role).slot_freed(freed.instance_id, freed.capacity)
+
+    def _heartbeat_lost(self, instance_id: str) -> None:
+        self._instances.lose(instance_id, "is lost: its heartbeat is late")
+
+    def _instance_lost(self, instance_id: str) -> None:
+        self._metrics.count_lost_instance()
+        self._groups.mark_lost(instance_id)
+
+    async def _tidy(self) -> None:
+        """Drops what is known of instances that are gone, again and again."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            self._instances.keep({member.instance_id for group in self._groups.all() for member in group.map.members})
+
+    async def _watch_gateways(self) -> None:
+        """Pings the gateways that have open answers on NATS, and ends the answers of those that have died."""
+        num_failed: dict[str, int] = {}
+        while True:
+            await asyncio.sleep(WATCH_GATEWAYS_EVERY_S)
+            try:
+                others = await self._open_answers.orphans([])
+                is_gone = await asyncio.gather(*(self._is_gone(one) for one in others))
+                num_failed = {
+                    one: num_failed.get(one, 0) + 1 for one, gone in zip(others, is_gone, strict=True) if gone
+                }
+                for gateway_id in [one for one, number in num_failed.items() if number >= DEAD_AFTER_PINGS]:
+                    await end_orphans(self._bus, self._open_answers, gateway_id)
+            except RegistryUnavailable as error:
+                log.debug("open answers of other gateways cannot be read: %s", error)
+
+    async def _is_gone(self, gateway_id: str) -> bool:
+        try:
+            ping = Ping(sender_id=self._id)
+            await self._bus.request(subjects.gateway(gateway_id, "ping"), ping, Pong, timeout_s=PING_TIMEOUT_S)
+        except NoResponders:
+            return self._bus.connected
+        except (PeerUnavailable, RequestError):
+            return False
+        return False
+
+
+def _can_serve(group: Group) -> bool:
+    limits = routing.longest_by_fingerprint(group.ready("decode"))
+    return any(routing.can_prefill(None, 0, limits, one) for one in group.ready("prefill"))
 
 
 class _Server(uvicorn.Server):
@@ -190,19 +231,6 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _uvicorn_config(settings: GatewaySettings, api: ApiContext) -> uvicorn.Config:
-    return uvicorn.Config(
-        create_app(api),
-        host=settings.http_host,
-        port=settings.http_port,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, int(settings.drain_timeout_s)),
-    )
 
 
 async def _serve_http(server: _Server, settings: GatewaySettings, lifetime: Lifetime) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from shared.errors import ErrorBody
 from shared.messages.serving import TokenLogprobs
@@ -23,7 +24,29 @@ class ChatMessage(ApiMessage):
 Scenario = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Priority = Literal["interactive", "batch"]
 """A waiting interactive request is served before every batch request."""
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+
+
+def _stop_strings(value: object) -> object:
+    """Returns one stop string or a list of them as a list; one error names the field and one reason."""
+    if value is None:
+        return None
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
+        raise PydanticCustomError("request", "must be a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS or any(not 0 < len(one) <= MAX_STOP_CHARS for one in strings):
+        message = "may have {count} strings of 1 to {chars} characters"
+        raise PydanticCustomError("request", message, {"count": MAX_STOP_STRINGS, "chars": MAX_STOP_CHARS})
+    return strings
+
+
+def _logit_bias(value: object) -> object:
+    if isinstance(value, dict):
+        bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
+        if bad is not None:
+            raise PydanticCustomError("request", "has the key {key}, which is not a token id", {"key": repr(bad)[:40]})
+    return value
 
 
 class GenerateRequest(ApiMessage):
@@ -48,9 +71,11 @@ class GenerateRequest(ApiMessage):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[
+        Annotated[dict[int, float], Field(max_length=1024)] | None, BeforeValidator(_logit_bias)
+    ] = None
     logprobs: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stop_strings)] = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
     ignore_eos: bool = False
     timeout_s: float | None = None

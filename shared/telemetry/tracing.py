@@ -17,7 +17,7 @@ NUM_CACHED_TOKENS = "pdserve.num_cached_tokens"
 NUM_OUTPUT_TOKENS = "pdserve.num_output_tokens"
 NUM_BLOCKS = "pdserve.num_blocks"
 KV_BYTES = "pdserve.kv_bytes"
-REFUSALS = "pdserve.num_refusals"
+REJECTIONS = "pdserve.num_rejections"
 
 tracer = trace.get_tracer("pdserve", __version__)
 """Spans of all services come from here; without `exporting` they are no-ops."""
