@@ -5,6 +5,7 @@ What every engine does with sequences is in `AnyEngine`; how a step is computed 
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from shared.engine.pool import KVPool
 from shared.engine.sampling.host_sampling import sample_on_host
 from shared.engine.sampling.sampler import Choice
 from shared.engine.scheduler import StepPlan, schedule
-from shared.engine.sequence import NewToken, Sequence
+from shared.engine.sequence import FailedSequence, NewToken, Sequence
 from shared.engine.work import WorkDone
 from shared.kv.layout import KVLayout
 from shared.sampling import FinishReason
@@ -66,6 +67,7 @@ class AnyEngine(ABC):
         self._sequences: dict[str, Sequence] = {}
         self._filled: set[int] = set()
         """Blocks that hold KV up to their end."""
+        self._failed: list[FailedSequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +92,11 @@ class AnyEngine(ABC):
         """Let go of a sequence; False if it is not here."""
         return self._sequences.pop(request_id, None) is not None
 
+    def take_failed(self) -> list[FailedSequence]:
+        """Return the sequences that have failed, and left, since the last call; ask after each step."""
+        failed, self._failed = self._failed, []
+        return failed
+
     def step(self) -> list[NewToken]:
         """Compute one step and return the tokens it generated: none while it only advances long prompts."""
         assert self._sequences, "a step needs work"
@@ -109,10 +116,10 @@ class AnyEngine(ABC):
         time.sleep(computed_s * (1.0 / self.share - 1.0))
 
     @abstractmethod
-    def _compute(self, plan: StepPlan) -> list[tuple[Sequence, Choice]]:
+    def _compute(self, plan: StepPlan) -> Iterable[tuple[Sequence, Choice | None]]:
         """Write the KV of a step's tokens, and choose the next token of each sequence all of whose KV is there then.
 
-        The sequences stay as they are.
+        None is chosen where no logit of a sequence is finite. The sequences stay as they are.
         """
 
     def _follow(self, sequence: Sequence, block_size: int) -> None:
@@ -123,14 +130,31 @@ class AnyEngine(ABC):
             sequence.num_cached_tokens += next_block * block_size - sequence.num_computed_tokens
             sequence.num_computed_tokens = next_block * block_size
 
-    def _advance(self, plan: StepPlan, chosen: list[tuple[Sequence, Choice]]) -> list[NewToken]:
+    def _advance(self, plan: StepPlan, chosen: Iterable[tuple[Sequence, Choice | None]]) -> list[NewToken]:
         block_size = self.pool.layout.block_size
         for sequence, num_tokens in parts(plan):
             first = sequence.num_computed_tokens
             last = first + num_tokens
             self._filled.update(sequence.blocks[first // block_size : last // block_size])
             sequence.num_computed_tokens = last
-        return [self._append(sequence, choice) for sequence, choice in chosen]
+        tokens = []
+        for sequence, choice in chosen:
+            if choice is None:
+                self._fail(sequence)
+            else:
+                tokens.append(self._append(sequence, choice))
+        return tokens
+
+    def _fail(self, sequence: Sequence) -> None:
+        """Drop a sequence without finite logits. None of its KV counts as computed, so that nobody else reads it."""
+        self.remove(sequence.request_id)
+        self._filled.difference_update(sequence.blocks[sequence.num_shared_blocks :])
+        sequence.num_computed_tokens = 0
+        message = (
+            f"The model's logits for output token {sequence.output_index} are not finite: its weights or the request's "
+            "KV are damaged, or it overflows in this precision."
+        )
+        self._failed.append(FailedSequence(sequence.request_id, message))
 
     def _append(self, sequence: Sequence, choice: Choice) -> NewToken:
         index = sequence.output_index
@@ -168,7 +192,7 @@ class Engine(AnyEngine):
         self._graphs = graphs
 
     @torch.inference_mode()
-    def _compute(self, plan: StepPlan) -> list[tuple[Sequence, Choice]]:
+    def _compute(self, plan: StepPlan) -> Iterable[tuple[Sequence, Choice | None]]:
         batch = build_batch(plan, self.pool.layout.block_size, self.pool.data.dtype)
         choices = sample_on_host(self._logits(batch), batch.sampled, self.loaded.library)
         return list(zip(batch.sampled, choices, strict=True))

@@ -91,3 +91,15 @@ class NewToken:
     top: list[tuple[int, float]]
     finish_reason: FinishReason | None
     last: bool
+
+
+@dataclass(slots=True, frozen=True)
+class FailedSequence:
+    """A sequence that has left the engine without another token, because the model computed nothing to choose one by.
+
+    Args:
+        message: what happened, for the client.
+    """
+
+    request_id: str
+    message: str

@@ -118,7 +118,8 @@ def _sampling_defaults(folder: Path, generation: JSONObject) -> SamplingDefaults
         SamplingParams(max_tokens=1, **defaults.model_dump(exclude_none=True))
     except ValidationError as error:
         first = error.errors()[0]
+        name, value = first["loc"][0], first["input"]
         raise ModelRefused(
-            f"{folder}/generation_config.json: {first['loc'][0]} is {first['input']!r}: {first['msg']}; correct it there."
+            f"{folder}/generation_config.json: {name} is {value!r}: {first['msg']}. Correct the file."
         ) from error
     return defaults

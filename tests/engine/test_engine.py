@@ -41,6 +41,38 @@ def test_same_seed_same_text_when_taken_over(llama_served: Served, num_generated
     assert tokens[-1].finish_reason == "length"
 
 
+@pytest.mark.parametrize("sampling", [SAMPLED, params(temperature=0.0)])
+def test_logits_that_are_not_finite_fail_their_request_alone(llama_served: Served, sampling: SamplingParams) -> None:
+    engine = llama_served.engine()
+    damaged = sequence_of(engine, prompt_of(40), sampling, request_id="damaged", num_computed_tokens=32)
+    engine.add(damaged)  # nobody has computed the KV of its first 32 tokens, and the pool is full of NaN
+    engine.add(sequence_of(engine, prompt_of(43), sampling, request_id="other", first_block=50))
+    tokens = run(engine)
+    assert "damaged" not in tokens
+    assert ids(tokens["other"]) == alone(llama_served, prompt_of(43), sampling)
+    (failed,) = engine.take_failed()
+    assert failed.request_id == "damaged"
+    assert "not finite" in failed.message
+    assert engine.take_failed() == []
+    assert damaged.num_computed_tokens == 0, "its KV must not be cached"
+
+
+def test_damaged_weights_fail_every_request(llama_served: Served) -> None:
+    engine = llama_served.engine()
+    weight = llama_served.loaded.model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    for number in range(2):
+        engine.add(sequence_of(engine, prompt_of(20), params(), request_id=str(number), first_block=50 * number))
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        assert run(engine) == {}
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert {failed.request_id for failed in engine.take_failed()} == {"0", "1"}
+
+
 def test_other_seed_other_text(llama_served: Served) -> None:
     assert alone(llama_served, prompt_of(30), params()) != alone(llama_served, prompt_of(30), params(seed=78))
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from shared.engine.native.library import native_library
 from shared.engine.sampling.adjust import adjust
-from shared.engine.sampling.host_sampling import likeliest
+from shared.engine.sampling.host_sampling import likeliest, sample_on_host
 from shared.engine.sampling.sampler import draw, sample
 from shared.engine.sampling.truncate import truncate
 from shared.engine.sequence import Sequence
@@ -204,6 +205,9 @@ def test_whatever_is_accepted_draws_a_token_of_the_vocabulary(
         **fields,
     )
     [choice] = sample(torch.tensor([logits]), [sequence_with(sampling, generated=[1, 2, 2])])
+    if not any(map(math.isfinite, logits)):
+        assert choice is None
+        return
     assert 0 <= choice.token_id < 31
     assert choice.logprob is None or not math.isnan(choice.logprob)
 
@@ -231,5 +235,25 @@ def test_the_native_choice_of_the_likeliest_is_the_samplers(vocab_size: int) -> 
     logits[7, -1] = 3e30  # beyond the bound of what is infinite
     logits[8] = -2e30
     logits[8, -1] = float("nan")
+    unusable = [row for row in range(len(logits)) if not logits[row].isfinite().any()]
     expected = sample(logits.clone(), [sequence_with(params(temperature=0.0))] * len(logits))
-    assert likeliest(logits, library) == expected
+    assert [row for row, choice in enumerate(expected) if choice is None] == unusable
+    assert likeliest(logits.clone(), library) == expected
+    assert likeliest(logits) == expected
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"seed": 3}, {"logprobs": 2}, {"top_p": 0.5, "min_p": 0.1}])
+def test_a_row_without_finite_logits_gives_no_token_and_leaves_the_others_as_they_are(fields: dict[str, Any]) -> None:
+    logits = random_logits(5)
+    logits[0] = float("nan")
+    logits[2] = float("-inf")
+    logits[2, 7] = float("nan")
+    logits[3, ::2] = float("nan")
+    sequences = [sequence_with(params(**fields)) for _ in range(5)]
+    for library in (None, native_library()):
+        choices = sample(logits.clone(), sequences, library)
+        assert [row for row, choice in enumerate(choices) if choice is None] == [0, 2]
+        assert sample_on_host(logits.clone(), sequences, library) == choices
+        for row in (1, 3, 4):
+            assert choices[row] == sample(logits[row : row + 1].clone(), [sequences[row]], library)[0]
+        assert choices[3].token_id % 2 == 1

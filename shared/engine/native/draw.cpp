@@ -85,13 +85,20 @@ static inline float highest_of(const float* logits, long size) {
     return largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
 }
 
+static bool has_finite(const float* logits, long size) {
+    for (long token = 0; token < size; token++) {
+        if (fabsf(logits[token]) < INFINITY) return true;
+    }
+    return false;
+}
+
 constexpr long STRETCH = 1024;  // tokens among which the first of the likeliest is looked for
 
 }  // namespace
 
 extern "C" {
 
-// The first of the likeliest tokens of each row of logits [num_rows, size].
+// The first of the likeliest tokens of each row of logits [num_rows, size]; -1 where no logit of a row is finite.
 void pd_likeliest(const float* logits, long num_rows, long size, int64_t* tokens) {
     for (long row = 0; row < num_rows; row++, logits += size) {
         float highest = -INFINITY;
@@ -102,6 +109,10 @@ void pd_likeliest(const float* logits, long num_rows, long size, int64_t* tokens
                 highest = of_these;
                 token = first;
             }
+        }
+        if (fabsf(highest) >= 1e30f && !has_finite(logits, size)) {
+            tokens[row] = -1;
+            continue;
         }
         while (numbers(splat(logits[token]))[0] != highest) token++;
         tokens[row] = token;

@@ -50,7 +50,7 @@ class Library:
             for dtype, suffix in DTYPES.items()
         }
         self.likeliest = _function(loaded, "pd_likeliest", [c_void_p, c_long, c_long, c_void_p])
-        """Address, rows and columns of fp32 logits, address of an int64 per row for the likeliest token."""
+        """Address, rows and columns of fp32 logits, address of an int64 per row for the likeliest token, or -1."""
         self.draw = _function(loaded, "pd_draw", [c_void_p, c_long, c_uint64])
         """Address and number of fp32 logits, key; returns the token."""
         self.draw.restype = c_long

@@ -29,8 +29,8 @@ class Choice:
     top: list[tuple[int, float]]
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> list[Choice]:
-    """Choose the next token of N sequences.
+def sample(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> list[Choice | None]:
+    """Choose the next token of N sequences; None for a sequence none of whose logits is finite.
 
     Args:
         logits: fp32 [N, V]; they are overwritten. A model that overflows gives NaN: such tokens are never chosen.
@@ -39,6 +39,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], library: Library | N
     """
     if not sequences:
         return []
+    unusable = rows_without_numbers(logits)
     logits.nan_to_num_(nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
     with_logprobs = [row for row, sequence in enumerate(sequences) if sequence.sampling.logprobs is not None]
     logprobs = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
@@ -56,7 +57,14 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], library: Library | N
             token_id = choices[row].token_id
             top = list(zip(top_ids[index], top_values[index], strict=True))[: sequences[row].sampling.logprobs]
             choices[row] = Choice(token_id, logprobs[index, token_id].item(), top)
-    return choices
+    return [None if row in unusable else choice for row, choice in enumerate(choices)]
+
+
+def rows_without_numbers(logits: torch.Tensor) -> set[int]:
+    """Return the rows of logits [N, V] in which no logit is finite: there is nothing to choose a token by."""
+    # The highest logit is no finite number where one of the row is NaN: all others are right without a second look.
+    suspects = (~logits.amax(-1).isfinite()).nonzero().flatten().tolist()
+    return {row for row in suspects if not logits[row].isfinite().any()}
 
 
 def draw(logits: torch.Tensor, sequences: list[Sequence], library: Library | None = None) -> torch.Tensor:
