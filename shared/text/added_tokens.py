@@ -1,8 +1,9 @@
 """Tokens that tokenizer_config.json adds to those of tokenizer.json, as transformers adds them."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -35,7 +36,7 @@ class _TokenEntry(BaseModel):
         )
 
 
-_ENTRIES = TypeAdapter(dict[int, _TokenEntry])
+_ENTRIES = TypeAdapter(dict[Annotated[int, Field(ge=0, lt=2**31)], _TokenEntry])
 
 
 def add_configured_tokens(backend: Backend, folder: Path) -> None:
@@ -92,8 +93,12 @@ def _check_id(backend: Backend, content: str, token_id: int, path: Path, *, was_
     known_id, known_token = backend.token_to_id(content), backend.id_to_token(token_id)
     if (known_id is None and known_token is None and not was_added) or known_id == token_id:
         return
-    found = f"the id {known_id}" if known_id is not None else f"that id to {known_token!r}"
+    if was_added:
+        found = f"the next free id of tokenizer.json is {known_id}"
+    elif known_id is not None:
+        found = f"tokenizer.json gives it the id {known_id}"
+    else:
+        found = f"tokenizer.json gives that id to {known_token!r}"
     raise ModelRefused(
-        f"{path}: added_tokens_decoder gives {content!r} the id {token_id}, but tokenizer.json gives "
-        f"{'it ' if known_id is not None else ''}{found}. Use the two files of the same model."
+        f"{path}: added_tokens_decoder gives {content!r} the id {token_id}, but {found}. Use files of one model."
     )

@@ -93,7 +93,7 @@ def test_the_demonstration_model_is_as_before() -> None:
     [
         ("7", "<|end|>", "gives '<|end|>' the id 7, but tokenizer.json gives it the id 4"),
         ("4", "<new>", "gives '<new>' the id 4, but tokenizer.json gives that id to '<|end|>'"),
-        ("5000", "<new>", "gives '<new>' the id 5000, but tokenizer.json gives it the id 4096"),
+        ("5000", "<new>", "gives '<new>' the id 5000, but the next free id of tokenizer.json is 4096"),
     ],
 )
 def test_an_id_that_conflicts_with_tokenizer_json_rejects_the_model(
@@ -106,7 +106,14 @@ def test_an_id_that_conflicts_with_tokenizer_json_rejects_the_model(
 
 
 @pytest.mark.parametrize(
-    "decoder", [["<new>"], {"first": {"content": "<new>"}}, {"9": "<new>"}, {"9": {"special": True}}]
+    "decoder",
+    [
+        ["<new>"],
+        {"first": {"content": "<new>"}},
+        {"9": "<new>"},
+        {"9": {"special": True}},
+        {"-1": {"content": "<new>"}},
+    ],
 )
 def test_a_malformed_added_tokens_decoder_rejects_the_model(model: Path, decoder: object) -> None:
     configure(model, added_tokens_decoder=decoder)
