@@ -6,24 +6,25 @@ up: its gateway takes it, with all its tokens, to where there is room.
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from dataclasses import replace
 
 from opentelemetry import trace
 
-from shared.bus.connection import Incoming
+from shared.engine.prefix_cache import Match
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import InstanceFailed, TransferFailed
-from shared.instance.outbox import output_token
+from shared.instance.accepting import AcceptingRole
+from shared.instance.outbox import Failure, output_token
 from shared.instance.parts import Held, InstanceParts
 from shared.instance.reservations import Room
-from shared.instance.role import Role
 from shared.kv.fetcher import KVFetcher
-from shared.messages.serving import AskReply, DecodeRequest, KVLease, Moved, OutputToken
+from shared.messages.serving import Ask, KVLease, Moved, OutputToken
 from shared.telemetry import tracing
 
 
-class DecodeRole(Role):
+class DecodeRole(AcceptingRole):
     verb = "decode"
     can_move = True
 
@@ -39,35 +40,40 @@ class DecodeRole(Role):
     def close(self) -> None:
         self._fetcher.close()
 
-    async def take(self, incoming: Incoming) -> AskReply:
-        request = incoming.parse(DecodeRequest)
-        num_to_generate = self._num_to_generate(request)
-        room = self.admit(request, incoming.deadline, lambda: self._room(request, num_to_generate))
-        if not isinstance(room, Room):
-            return AskReply(accepted=False, reason=room)
-        held = self.hold(request, room, incoming, num_to_generate)
-        if request.lease is None:
-            self._compute(held)
-        else:
-            held.transfer = self.parts.tasks.create_task(self._begin(held, request.lease))
-        return AskReply(accepted=True)
+    def _is_prompt(self, ask: Ask) -> bool:
+        return ask.lease is None
 
-    def _room(self, request: DecodeRequest, num_to_generate: int) -> Room:
+    def _is_valid(self, ask: Ask) -> bool:
+        layout, lease = self.parts.loaded.layout, ask.lease
+        return lease is None or lease.num_bytes == layout.num_blocks(lease.num_tokens) * layout.block_bytes
+
+    def _num_to_generate(self, ask: Ask) -> int:
+        return self._num_reserved(ask.num_prompt_tokens + ask.max_tokens - ask.num_tokens)
+
+    def _room(self, ask: Ask, match: Match) -> Room:
         layout = self.parts.loaded.layout
         return Room(
-            match=self.parts.cache.match(request.token_ids),
-            num_blocks=layout.num_blocks(len(request.token_ids) + num_to_generate - 1),
-            max_blocks=layout.num_blocks(request.num_prompt_tokens + request.sampling.max_tokens - 1),
+            match=match,
+            num_blocks=layout.num_blocks(ask.num_tokens + self._num_to_generate(ask) - 1),
+            max_blocks=layout.num_blocks(ask.num_prompt_tokens + ask.max_tokens - 1),
         )
+
+    def _work_on(self, held: Held, ask: Ask) -> None:
+        if ask.lease is None:
+            self._compute(held)
+        else:
+            held.transfer = self.run(held.request_id, self._fetch(held, ask.lease))
 
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         by_gateway: dict[str, list[OutputToken]] = defaultdict(list)
         growing: list[Held] = []
+        now = time.monotonic()
         for token in tokens:
             held = self.holding(token.request_id)
             if held is None:
                 continue
             by_gateway[held.gateway_id].append(_told(token, held))
+            held.changed_at = now
             held.span.set_attribute(tracing.NUM_OUTPUT_TOKENS, token.index + 1)
             if not token.last:
                 continue
@@ -87,6 +93,7 @@ class DecodeRole(Role):
 
     async def move_all(self) -> None:
         """Takes every request out of the batch and keeps its KV for another decode instance to fetch."""
+        await super().move_all()
         self._moves = True
         moving = [held for held in self._held.values() if held.lease_id is None and not held.ending]
         transfers = [held.transfer for held in moving if held.transfer is not None]
@@ -101,7 +108,8 @@ class DecodeRole(Role):
     async def _move(self, held: Held) -> None:
         held.in_engine = False
         if held.computes_prompt:
-            self.end(held, InstanceFailed("this instance changes its role, and has not prefilled yet"), counts=False)
+            error = InstanceFailed("this instance changes its role, and has not prefilled yet")
+            self.end(held, Failure(error, counts=False))
             return
         held.reservation.wanted_blocks = None
         held.reservation.max_blocks = len(held.reservation.allocation.blocks)
@@ -115,7 +123,7 @@ class DecodeRole(Role):
         held.in_engine = True
         self.parts.runner.add(held.sequence)
 
-    async def _begin(self, held: Held, lease: KVLease) -> None:
+    async def _fetch(self, held: Held, lease: KVLease) -> None:
         """Fetches the KV that is not here, then joins the running batch."""
         parts = self.parts
         allocation = held.reservation.allocation
@@ -131,7 +139,8 @@ class DecodeRole(Role):
                 await self._fetcher.fetch(lease, parcel.views, parts.settings.fetch_timeout_s, skip_blocks=num_matched)
             except TransferFailed as error:
                 held.transfer = None
-                self.end(held, InstanceFailed(f"the KV could not be fetched: {error}"))
+                failed = InstanceFailed(f"the KV could not be fetched: {error}")
+                self.end(held, Failure(failed, kv_source_id=lease.instance_id))
                 return
             await parcel.settle()
         held.transfer = None
@@ -140,16 +149,18 @@ class DecodeRole(Role):
         held.in_engine = True
         parts.runner.add(held.sequence)
 
-    def _num_to_generate(self, request: DecodeRequest | Sequence) -> int:
-        """For how many more tokens to reserve blocks now (the last of them needs none)."""
-        num_left = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)
+    def _num_reserved(self, num_left: int) -> int:
+        """For how many of the tokens that are left to reserve blocks now (the last of them needs none)."""
         return min(num_left, self.parts.settings.decode_reserve_tokens)
+
+    def _num_to_continue(self, sequence: Sequence) -> int:
+        return self._num_reserved(sequence.sampling.max_tokens - sequence.output_index)
 
     def _want_room(self, held: Held) -> None:
         """Asks for blocks for the next tokens; the KV so far is for others to find."""
         sequence = held.sequence
         self.parts.cache.fill(held.reservation.allocation, sequence.token_ids[: sequence.num_computed_tokens])
-        num_tokens = len(sequence.token_ids) + self._num_to_generate(sequence) - 1
+        num_tokens = len(sequence.token_ids) + self._num_to_continue(sequence) - 1
         held.reservation.wanted_blocks = self.parts.loaded.layout.num_blocks(num_tokens)
 
     def room_came_free(self) -> None:
@@ -161,14 +172,14 @@ class DecodeRole(Role):
         victim = self.reservations.victim()
         if victim is not None:
             error = InstanceFailed("the KV pool is full, and this is the youngest request")
-            self.end(self._held[victim], error, counts=False)
+            self.end(self._held[victim], Failure(error, counts=False))
 
     def _go_on(self, held: Held) -> None:
         before = held.sequence
         held.sequence = replace(
             before,
             blocks=list(held.reservation.allocation.blocks),
-            num_to_generate=self._num_to_generate(before),
+            num_to_generate=self._num_to_continue(before),
             num_generated=0,
         )
         held.in_engine = True

@@ -5,7 +5,7 @@ What every engine does with sequences is in `AnyEngine`; how a step is computed 
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -63,6 +63,8 @@ class AnyEngine(ABC):
         self.work = WorkDone()
         self.share = 1.0
         """The share of the time in which to compute."""
+        self.on_step: Callable[[StepPlan], None] = lambda plan: None
+        """Called at the beginning of each step, in the engine's thread, with what the step computes."""
         self._step_began_at: float | None = None
         self._sequences: dict[str, Sequence] = {}
         self._filled: set[int] = set()
@@ -105,6 +107,9 @@ class AnyEngine(ABC):
         for sequence in self._sequences.values():
             self._follow(sequence, block_size)
         plan = schedule(self._sequences.values(), self.max_step_tokens, block_size)
+        for chunk in plan.prefills:
+            chunk.sequence.num_planned_tokens = chunk.sequence.num_computed_tokens + chunk.num_tokens
+        self.on_step(plan)
         chosen = self._compute(plan)
         if self.share < 1.0:
             self._rest(time.perf_counter() - started)

@@ -101,22 +101,33 @@ class PrefixCache:
             pending: whether blocks count whose KV is still being computed.
         """
         hashes = block_hashes(token_ids, self._block_size) if self._enabled else []
+        return Match(len(token_ids), hashes, self._find(hashes, len(token_ids), pending))
+
+    def match_names(self, names: Sequence[bytes], num_tokens: int, *, pending: bool = False) -> Match:
+        """As `match`, for a sequence of which only the names of its first blocks are known, which may be wrong."""
+        return Match(num_tokens, [], self._find(names, num_tokens, pending))
+
+    def _find(self, names: Sequence[bytes], num_tokens: int, pending: bool) -> list[int]:
         blocks: list[int] = []
-        for name in hashes[: (len(token_ids) - 1) // self._block_size]:
+        for name in names[: (num_tokens - 1) // self._block_size]:
             block = self._by_name.get(name)
             if block is None or not (pending or block in self._complete):
                 break
             blocks.append(block)
-        return Match(len(token_ids), hashes, blocks)
+        return blocks
+
+    def num_freed_by(self, allocation: Allocation) -> int:
+        """Returns by how much `num_free` would grow if these blocks were released: nobody else uses them."""
+        return sum(self._references[block] == 1 for block in allocation.blocks)
 
     def cost(self, match: Match, num_blocks: int) -> int:
         """By how much `num_free` would fall if `num_blocks` blocks were taken, those of the match among them."""
         return num_blocks - sum(self._references[block] > 0 for block in match.blocks)
 
-    def take(self, match: Match, num_blocks: int) -> Allocation | None:
+    def take(self, match: Match, num_blocks: int, *, is_counted: bool = True) -> Allocation | None:
         """Hold the blocks of the match, and so many more that there are `num_blocks`; None, taking nothing, when short.
 
-        They are in order: the match comes first.
+        They are in order: the match comes first. Without `is_counted`, the figures of the cache stay as they are.
         """
         assert num_blocks >= len(match.blocks), "a match has no more blocks than its sequence"
         if self.cost(match, num_blocks) > self.num_free:
@@ -125,8 +136,9 @@ class PrefixCache:
             self._cached.pop(block, None)
         blocks = match.blocks + self._allocate(num_blocks - len(match.blocks))
         self._references.update(blocks)
-        self.num_query_tokens += match.num_tokens
-        self.num_hit_tokens += len(match.blocks) * self._block_size
+        if is_counted:
+            self.num_query_tokens += match.num_tokens
+            self.num_hit_tokens += len(match.blocks) * self._block_size
         return Allocation(blocks, len(match.blocks), match.hashes)
 
     def extend(self, allocation: Allocation, num_blocks: int) -> bool:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.engine.engine import AnyEngine
+from shared.engine.scheduler import StepPlan
 from shared.engine.sequence import NewToken, Sequence
 from shared.errors import ContextTooLong, InvalidRequest
 
@@ -29,14 +30,21 @@ class EngineRunner:
         engine: nobody else may touch it meanwhile.
         on_tokens: called in the event loop with the tokens of each step that generated some.
         on_crash: called in the event loop, once, if a step raised. The thread has ended then.
+        on_prefill_step: called in the event loop when a step has begun that computes tokens of prompts.
     """
 
     def __init__(
-        self, engine: AnyEngine, on_tokens: Callable[[list[NewToken]], None], on_crash: Callable[[Exception], None]
+        self,
+        engine: AnyEngine,
+        on_tokens: Callable[[list[NewToken]], None],
+        on_crash: Callable[[Exception], None],
+        on_prefill_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
+        self._engine.on_step = self._step_began
         self._on_tokens = on_tokens
         self._on_crash = on_crash
+        self._on_prefill_step = on_prefill_step
         self._commands: queue.SimpleQueue[Sequence | _Remove | _Stop] = queue.SimpleQueue()
         self._removals: set[asyncio.Future[None]] = set()
         self._crashed = False
@@ -84,6 +92,10 @@ class EngineRunner:
                     self._loop.call_soon_threadsafe(self._on_tokens, tokens)
         except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it was, the loop learns of it
             self._loop.call_soon_threadsafe(self._crash, error)
+
+    def _step_began(self, plan: StepPlan) -> None:
+        if plan.prefills:
+            self._loop.call_soon_threadsafe(self._on_prefill_step)
 
     def _obey(self) -> bool:
         """Carry out what has been asked for, waiting while there is no work; False to end."""

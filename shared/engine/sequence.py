@@ -35,6 +35,8 @@ class Sequence:
         num_shared_blocks: the leading blocks that sequences before this one have filled, or are to fill. The block of
             the last token is never among them.
         num_cached_tokens: the leading tokens that were computed for others, as far as this one has come.
+        num_planned_tokens: the leading tokens whose KV is there once the step under way is over; 0 until a step
+            computes tokens of this prompt. Other threads may read it.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class Sequence:
     num_generated: int = 0
     num_shared_blocks: int = 0
     num_cached_tokens: int = 0
+    num_planned_tokens: int = 0
     block_table: torch.Tensor = field(init=False, repr=False)
     """`blocks` as int32 [num_blocks]."""
 

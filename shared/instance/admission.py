@@ -1,6 +1,7 @@
 """What an instance accepts: at once, by what it has free. Pure."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from shared.messages.serving import RejectionReason
 
@@ -40,29 +41,50 @@ class BlockSupply:
 
 @dataclass(frozen=True, slots=True)
 class RequestFacts:
-    """What admission looks at in a request."""
+    """What admission looks at in a request, its blocks aside.
+
+    Args:
+        is_known: whether the instance has a request of this id.
+        expires_in_s: seconds until its deadline.
+        is_prompt: whether its prompt would be computed here.
+    """
 
     epoch: int
     fingerprint: str
-    is_held: bool
-    deadline: float
+    is_known: bool
+    expires_in_s: float
+    is_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceFacts:
-    """What admission looks at in an instance."""
+    """What admission looks at in an instance, its blocks aside; `tokens_free` as in `Capacity`."""
 
     epoch: int
     fingerprint: str
     draining: bool
     slots_free: int
-    now: float
+    tokens_free: int
 
 
-def refusal(request: RequestFacts, instance: InstanceFacts) -> RejectionReason | None:
-    """The first half of the admission policy: why the instance refuses the request, whatever its room; None if not so.
+def tokens_free(max_step_tokens: int, num_decode_rows: int, num_uncomputed_tokens: int) -> int:
+    """Returns how many prompt tokens still fit into the next engine step; a prompt is accepted while any fit.
 
-    It costs next to nothing, so that a full instance can be asked often.
+    So whatever is accepted begins in the next step, and at most one prompt that is longer than a step is accepted
+    before the one before it is down to its last tokens.
+
+    Args:
+        max_step_tokens: the token budget of a step.
+        num_decode_rows: tokens of it that decodes take.
+        num_uncomputed_tokens: prompt tokens of accepted requests that will be left after the step under way.
+    """
+    return max(0, max_step_tokens - num_decode_rows - num_uncomputed_tokens)
+
+
+def rejection(request: RequestFacts, instance: InstanceFacts) -> RejectionReason | None:
+    """Returns why the instance rejects the request, whatever its blocks; None if it does not.
+
+    The first half of the admission policy. It costs next to nothing, so that a full instance can be asked often.
     """
     if instance.draining:
         return "draining"
@@ -70,28 +92,65 @@ def refusal(request: RequestFacts, instance: InstanceFacts) -> RejectionReason |
         return "wrong_epoch"
     if request.fingerprint != instance.fingerprint:
         return "wrong_model"
-    if request.is_held:
+    if request.is_known:
         return "duplicate"
-    if request.deadline <= instance.now:
+    if request.expires_in_s <= 0:
         return "expired"
-    return "no_slot" if instance.slots_free < 1 else None
+    if instance.slots_free < 1:
+        return "no_slot"
+    return "busy" if request.is_prompt and instance.tokens_free < 1 else None
 
 
-def room_refusal(needs: BlockNeeds, supply: BlockSupply) -> RejectionReason | None:
-    """The second half: why there is no room for it, or None where the instance accepts."""
+def block_rejection(needs: BlockNeeds, supply: BlockSupply) -> RejectionReason | None:
+    """Returns why there are no blocks for the request, or None if there are. The second half of the policy."""
     if needs.alone > supply.total:
         return "too_long"
     return None if has_room(needs, supply) else "no_blocks"
 
 
 def has_room(needs: BlockNeeds, supply: BlockSupply) -> bool:
-    """Whether a request may have blocks of those that are free.
+    """Whether a request may have blocks of those that are free."""
+    return min_free_blocks(needs, supply) <= supply.free
 
-    It may while all that are held, and it, fit in even at their longest: then nobody ever waits for room. Requests that
-    end early, as most do, would leave much of the pool idle so; therefore it also may if every request that is held can
-    still grow once. If they all go on, the pool becomes short, and the youngest is given up (`preemption.py`). While
-    one waits for room, all room is for those that are held.
+
+def min_free_blocks(needs: BlockNeeds, supply: BlockSupply) -> int:
+    """Returns how many blocks must be free for the request to be accepted.
+
+    It is accepted if all that are held, and it, fit in even at their longest: then nobody ever waits for blocks.
+    Requests that end early, as most do, would leave much of the pool idle so; therefore it also is if every request
+    that is held can still grow once. If they all go on, the pool becomes short, and the youngest is preempted
+    (`preemption.py`). While one waits for blocks, all blocks are for those that are held.
     """
-    fits_at_worst = needs.now + needs.more + supply.more <= supply.free
-    fits_for_now = not supply.is_short and needs.now + supply.next_step <= supply.free
-    return fits_at_worst or fits_for_now
+    at_worst = needs.now + needs.more + supply.more
+    return at_worst if supply.is_short else min(at_worst, needs.now + supply.next_step)
+
+
+def costs_nothing(
+    younger: BlockNeeds, oldest: BlockNeeds, supply: BlockSupply, releases: Sequence[int], step_blocks: int
+) -> bool:
+    """Whether accepting a request does not delay an older one that was rejected for lack of blocks.
+
+    It does not in three cases: it takes no block; or the older one still has its blocks after it; or the older one has
+    to wait for one certain request, the largest, and has its blocks as soon as that is released, with or without it.
+    In the third case everything else together would not suffice, so that the order of releases does not matter.
+
+    Args:
+        younger, oldest: what the two need.
+        supply: what there is before the younger one is accepted.
+        releases: for each accepted request, the blocks that become free when it is released.
+        step_blocks: by how many blocks requests grow at a time.
+    """
+    if younger.now <= 0 and younger.more <= 0:
+        return True
+    after = replace(
+        supply,
+        free=supply.free - younger.now,
+        more=supply.more + younger.more,
+        next_step=supply.next_step + min(younger.more, step_blocks),
+    )
+    num_missing = min_free_blocks(oldest, after) - after.free
+    if num_missing <= 0:
+        return True
+    largest = max(releases, default=0)
+    num_missing_before = min_free_blocks(oldest, supply) - supply.free
+    return sum(releases) - largest < num_missing_before and num_missing <= largest

@@ -160,10 +160,10 @@ class Assignment:
         if not await _within(settings.stall_timeout_s, self._move_away()):
             await self.give_up("this instance is ending")
 
-    async def give_up(self, why: str, *, counts: bool = False) -> None:
+    async def give_up(self, why: str) -> None:
         """Fails what is held."""
         for role in self.roles:
-            role.fail_all(why, counts=counts)
+            role.fail_all(why, counts=False)
         if not await _within(self._settings.stall_timeout_s, self._until_idle()):
             log.warning("%d requests are still held", sum(role.slots_used for role in self.roles))
 
@@ -187,8 +187,35 @@ class Assignment:
         """A request was let go, by whichever role: the first to have its room are those that grow."""
         for role in self.roles:
             role.room_came_free()
+        self.notify_gateways()
+
+    def notify_gateways(self) -> None:
+        """Tells a gateway that was rejected, if one of its requests would be accepted now."""
         if self.role is not None:
-            self.role.tell_who_waits()
+            self.role.notify_gateways()
+
+    def knows(self, request_id: str) -> bool:
+        """Whether a role holds something for a request."""
+        return any(role.knows(request_id) for role in self.roles)
+
+    def unchanged(self) -> dict[str, list[str]]:
+        """Returns, for each gateway that has requests here, the ids of those that have not come forward for a while."""
+        now = time.monotonic()
+        found: dict[str, list[str]] = {}
+        for role in self.roles:
+            for gateway_id, request_ids in role.unchanged(now).items():
+                found.setdefault(gateway_id, []).extend(request_ids)
+        return found
+
+    def release_gateway(self, gateway_id: str) -> None:
+        """Releases everything that any role holds for a gateway that is dead."""
+        for role in self.roles:
+            role.release_gateway(gateway_id)
+
+    def release_requests(self, request_ids: list[str]) -> None:
+        """Releases requests that their gateways do not know any more."""
+        for role in self.roles:
+            role.release_requests(request_ids)
 
 
 async def _within(timeout_s: float, done: Awaitable[None]) -> bool:

@@ -19,6 +19,7 @@ from shared.engine.runner import EngineRunner
 from shared.engine.sequence import NewToken
 from shared.engine.staging import Staging, staging_of
 from shared.errors import ModelRefused
+from shared.instance.latency_estimate import LatencyEstimate
 from shared.kv.holder import KVHolder
 from shared.messages.records import Role
 from shared.process import Lifetime
@@ -41,6 +42,7 @@ class Body:
     cache: PrefixCache
     runner: EngineRunner
     holder: KVHolder
+    latency: LatencyEstimate = field(default_factory=LatencyEstimate)
     _steps: "asyncio.Queue[list[NewToken]]" = field(default_factory=asyncio.Queue)
 
     async def tell_tokens(self, tell: Callable[[list[NewToken]], Any]) -> None:
@@ -69,9 +71,13 @@ class Body:
 
 @asynccontextmanager
 async def open_body(
-    settings: InstanceSettings, model_path: str, loaded: Loaded, on_crash: Callable[[BaseException], None]
+    settings: InstanceSettings,
+    model_path: str,
+    loaded: Loaded,
+    on_crash: Callable[[BaseException], None],
+    on_prefill_step: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Body]:
-    """The body of an instance, until the block ends.
+    """The body of an instance, until the block ends. The callbacks are those of `EngineRunner`.
 
     Raises:
         ModelRefused: the pool does not hold a request of the model.
@@ -95,7 +101,7 @@ async def open_body(
         loaded.layout, settings.kv_host, settings.kv_port, settings.stall_timeout_s, settings.kv_advertise_host
     )
     steps: asyncio.Queue[list[NewToken]] = asyncio.Queue()
-    async with holder.serving(), EngineRunner(engine, steps.put_nowait, on_crash) as runner:
+    async with holder.serving(), EngineRunner(engine, steps.put_nowait, on_crash, on_prefill_step) as runner:
         yield Body(
             settings=settings,
             model_path=model_path,

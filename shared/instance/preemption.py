@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RequestAge:
-    """A request that is held, and when (Unix seconds) a gateway took it in."""
+    """A request that is held, and when (monotonic seconds) a gateway took it in."""
 
     arrived_at: float
     request_id: str

@@ -17,16 +17,17 @@ from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.engine.device import find_device
 from shared.engine.sequence import NewToken
-from shared.errors import ModelRefused, RequestError
+from shared.errors import InstanceFailed, ModelRefused, RequestError
 from shared.instance.assignment import Assignment
 from shared.instance.body import Body, Loaded, load, open_body
-from shared.instance.outbox import Outbox
+from shared.instance.gateway_watch import GatewayWatch
+from shared.instance.outbox import Failure, Outbox
 from shared.instance.parts import InstanceParts
 from shared.instance.role import Role, find_role
 from shared.messages.control import Assign
 from shared.messages.records import Admissions, InstanceRecord
 from shared.messages.records import Role as RoleName
-from shared.messages.serving import AskReply, Message
+from shared.messages.serving import AskReply, Message, Ping, Pong, Start
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.registry import Registry
@@ -69,6 +70,7 @@ class Instance:
         self._records = records
         self._started_at = time.time()
         self._outbox = Outbox(bus, instance_id)
+        self._state_version = 1
         self._beat: Callable[[], Awaitable[None]] | None = None
         self._over = asyncio.Event()
         """Tells the body to end."""
@@ -81,7 +83,8 @@ class Instance:
             await self._embody(self.settings.model, loaded)
             self.assignment = Assignment(self.settings, tasks, self._make_role, self._change_body, self._announce)
             self._bus.on_reconnect(self._bus_came_back)
-            sweeping = tasks.create_task(self._sweep())
+            self._gateways = GatewayWatch(self._bus, self.instance_id, self.assignment, tasks)
+            working = [tasks.create_task(self._sweep()), tasks.create_task(self._gateways.run())]
             await self._bus.subscribe(subjects.instance(self.instance_id, ">"), self._on_message)
             async with heartbeats(
                 self.record, self._records.write_instance, self._records.remove_instance, self.settings.heartbeat_s
@@ -91,7 +94,8 @@ class Instance:
                 await self._tell_that_it_changed()
                 await self.lifetime.until_ending()
                 await self._drain()
-            sweeping.cancel()
+            for task in working:
+                task.cancel()
             self.assignment.close()
 
     async def _embody(self, model_path: str, loaded: Loaded) -> None:
@@ -104,7 +108,7 @@ class Instance:
     async def _live(self, model_path: str, loaded: Loaded, there: asyncio.Future[Body], over: asyncio.Event) -> None:
         """A body, until it is over. It has a task of its own, so that a fault in what it serves ends the instance."""
         try:
-            async with open_body(self.settings, model_path, loaded, self._on_crash) as body:
+            async with open_body(self.settings, model_path, loaded, self._on_crash, self._on_prefill_step) as body:
                 telling = self._bodies.create_task(body.tell_tokens(self._tell))
                 if not there.cancelled():  # who waited for it may have been told to end meanwhile
                     there.set_result(body)
@@ -163,6 +167,8 @@ class Instance:
                 told=body.told,
                 work=body.engine.work.snapshot,
                 in_step_s=body.engine.in_step_s,
+                latency=body.latency,
+                notify_gateways=self._on_prefill_step,
                 room_came_free=lambda: self.assignment.room_came_free(),
             )
         )
@@ -170,6 +176,8 @@ class Instance:
     def record(self, heartbeat: int) -> InstanceRecord:
         """This instance's record as of now."""
         settings, body, post = self.settings, self.body, self.assignment
+        work = body.engine.work.snapshot()
+        body.latency.observe(work)
         wishes_role = None if settings.role == "spare" else settings.role
         return InstanceRecord(
             id=self.instance_id,
@@ -185,6 +193,7 @@ class Instance:
             epoch=post.epoch,
             term=post.term,
             state=post.state,
+            state_version=self._state_version,
             engine=settings.engine,
             model=settings.served_model_name,
             model_path=body.model_path,
@@ -200,13 +209,17 @@ class Instance:
             blocks_cached=body.cache.num_cached,
             cache_query_tokens=body.cache.num_query_tokens,
             cache_hit_tokens=body.cache.num_hit_tokens,
-            work=body.engine.work.snapshot(),
+            prefill_token_s=body.latency.token_s,
+            prefill_pair_s=body.latency.pair_s,
+            max_step_tokens=settings.max_step_tokens,
+            work=work,
             admissions=post.role.admissions() if post.role else Admissions(),
             on_demand=settings.on_demand,
             problem=post.problem,
         )
 
     async def _announce(self) -> None:
+        self._state_version += 1
         if self._beat is not None:
             await self._beat()
             await self._tell_that_it_changed()
@@ -219,40 +232,63 @@ class Instance:
         try:
             await self._handle(verb, key, incoming)
         except RequestError as error:
-            log.warning("refused a message on %s: %s", incoming.subject, error.message)
-            await self._refuse(incoming)
+            log.warning("Rejected a message on %s: %s", incoming.subject, error.message)
+            await self._reject(incoming)
         except Exception:
-            log.exception("a message on %s met a fault of this program", incoming.subject)
-            await self._refuse(incoming)
+            log.exception("Internal error while handling a message on %s.", incoming.subject)
+            await self._reject(incoming)
 
     async def _handle(self, verb: str, key: str, incoming: Incoming) -> None:
+        role = self.assignment.role
         if verb == "assign":
             await incoming.respond(self.assignment.order(incoming.parse(Assign)))
-            return
-        role = self.assignment.role
-        if role is not None and verb == role.verb:
+        elif verb == "ping":
+            request_ids = incoming.parse(Ping).request_ids
+            await incoming.respond(Pong(unknown=[one for one in request_ids if not self.assignment.knows(one)]))
+        elif role is not None and verb == role.verb:
             await incoming.respond(await role.take(incoming))
         elif verb in ("prefill", "decode"):
-            reason = "draining" if self.assignment.state in ("changing", "draining") else "wrong_role"
-            await incoming.respond(AskReply.model_validate({"accepted": False, "reason": reason}))
+            is_changing = self.assignment.state in ("changing", "draining")
+            await incoming.respond(AskReply(accepted=False, reason="draining" if is_changing else "wrong_role"))
+        elif verb == "start":
+            await self._start(incoming.parse(Start))
+        elif verb == "gone":
+            self._gateways.ping_now(key)
         else:
             for one in self.assignment.roles:
-                one.handle(verb, key, incoming)
+                one.handle(verb, incoming)
 
-    async def _refuse(self, incoming: Incoming) -> None:
+    async def _start(self, start: Start) -> None:
+        """Starts a request that one of the roles has accepted, or fails it if it was released meanwhile."""
+        if any(role.start(start) for role in self.assignment.roles):
+            return
+        gateway_id = self._outbox.gateway_of(start.request_id)
+        if gateway_id is not None and not self.assignment.knows(start.request_id):
+            error = InstanceFailed("The work came too late: the slot was released.")
+            await self._outbox.failed(gateway_id, start.request_id, Failure(error, counts=False))
+
+    async def _reject(self, incoming: Incoming) -> None:
         if incoming.reply_to:
             await incoming.respond(AskReply(accepted=False, reason="invalid"))
 
     async def _tell(self, tokens: list[NewToken]) -> None:
         """Every role knows its own requests. One that is left still has tokens on their way."""
         for role in self.assignment.roles:
-            await role.on_tokens(tokens)
+            try:
+                await role.on_tokens(tokens)
+            except Exception:  # the edge to the bus: these requests end, and no others
+                log.exception("Internal error while sending the tokens of a step.")
+                role.fail_requests((token.request_id for token in tokens), "an internal error of the instance")
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
             for role in self.assignment.roles:
-                role.sweep(time.time())
+                role.sweep(time.monotonic())
+
+    def _on_prefill_step(self) -> None:
+        """There may be room in the step after the one that has begun."""
+        self.assignment.notify_gateways()
 
     def _bus_came_back(self) -> None:
         self._tasks.create_task(self._outbox.bus_came_back())
@@ -263,12 +299,12 @@ class Instance:
         log.error("the engine failed", exc_info=error)
         self.lifetime.fail(f"the engine failed: {error!r}")
         for role in self.assignment.roles:
-            role.fail_all("the engine of this instance failed", counts=True)
+            role.fail_crashed("the engine of this instance failed")
 
     async def _drain(self) -> None:
         if self.lifetime.failed:
             self.assignment.state = "draining"
             await self._announce()
-            await self.assignment.give_up("the engine of this instance failed", counts=True)
+            await self.assignment.give_up("the engine of this instance failed")
         else:
             await self.assignment.drain()

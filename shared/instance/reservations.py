@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.engine.prefix_cache import Allocation, Match, PrefixCache
-from shared.instance.admission import BlockNeeds, BlockSupply
+from shared.instance.admission import BlockNeeds, BlockSupply, block_rejection, costs_nothing
 from shared.instance.preemption import RequestAge, next_victim
+from shared.messages.serving import RejectionReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Room:
 
 @dataclass(slots=True, eq=False)
 class Reservation:
-    """The blocks of one request, `max_blocks` at most, which a gateway took in at `arrived_at` (Unix seconds)."""
+    """The blocks of one request, `max_blocks` at most, which a gateway took in at `arrived_at` (monotonic seconds)."""
 
     request_id: str
     arrived_at: float
@@ -67,10 +68,23 @@ class Reservations:
             is_short=any(one.waits for one in held),
         )
 
-    def reserve(self, request_id: str, arrived_at: float, room: Room) -> Reservation:
-        """Hold blocks for a request that admission has accepted."""
+    def rejection(self, needs: BlockNeeds, older: BlockNeeds | None = None) -> RejectionReason | None:
+        """Returns why a request cannot have its blocks, or None if it can.
+
+        Args:
+            older: what the oldest request needs that was rejected for lack of blocks, if it must not be delayed.
+        """
+        supply = self.supply()
+        reason = block_rejection(needs, supply)
+        if reason is not None or older is None:
+            return reason
+        releases = [self.cache.num_freed_by(one.allocation) for one in self._held.values()]
+        return None if costs_nothing(needs, older, supply, releases, self._step_blocks) else "no_blocks"
+
+    def reserve(self, request_id: str, arrived_at: float, room: Room, *, is_counted: bool = True) -> Reservation:
+        """Hold blocks for a request that admission has accepted. `is_counted` as in `PrefixCache.take`."""
         assert request_id not in self._held, f"{request_id} has a reservation"
-        allocation = self.cache.take(room.match, room.num_blocks)
+        allocation = self.cache.take(room.match, room.num_blocks, is_counted=is_counted)
         assert allocation is not None, "admission has counted the free blocks"
         reservation = Reservation(request_id, arrived_at, room.max_blocks, allocation)
         self._held[request_id] = reservation

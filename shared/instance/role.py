@@ -1,8 +1,8 @@
 """What prefill and decode have in common: requests they hold, and how a request ends, whatever ends it.
 
-A request that an instance has accepted is held by exactly one `Held`. It is let go once: the engine and any transfer
-are done with its blocks before they are released. Everything here runs in the event loop; only the engine has a thread
-of its own.
+A request that an instance has accepted is a `Reserved` until its work comes, then a `Held`. It is let go once: the
+engine and any transfer are done with its blocks before they are released. An exception in the work for one request ends
+that request, and nothing else. Everything here runs in the event loop; only the engine has a thread of its own.
 """
 
 import asyncio
@@ -10,35 +10,33 @@ import logging
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from importlib.metadata import entry_points
-from typing import ClassVar
-
-from opentelemetry.trace import SpanKind
+from typing import Any, ClassVar
 
 from shared.bus.connection import Incoming
-from shared.engine.runner import check
-from shared.engine.sequence import NewToken, Sequence
-from shared.engine.work import PromptWork
-from shared.errors import DeadlineExceeded, InstanceFailed, RequestError, SettingsInvalid
-from shared.instance.admission import InstanceFacts, RequestFacts, refusal, room_refusal
-from shared.instance.outbox import BUS_WAS_AWAY
-from shared.instance.parts import Held, InstanceParts
-from shared.instance.reservations import Reservations, Room
+from shared.engine.sequence import NewToken
+from shared.errors import DeadlineExceeded, InstanceFailed, InternalError, SettingsInvalid
+from shared.instance.outbox import BUS_WAS_AWAY, Failure
+from shared.instance.parts import Held, InstanceParts, Reserved
+from shared.instance.rejections import Rejections
+from shared.instance.reservations import Reservations
 from shared.kv.holder import Lease
 from shared.messages.records import Admissions
 from shared.messages.records import Role as RoleName
-from shared.messages.serving import AskReply, Cancel, InstanceRequest, KVLease, RejectionReason
+from shared.messages.serving import AskReply, Cancel, KVLease, Start
 from shared.telemetry import tracing
 
-WANTS_ROOM: frozenset[RejectionReason] = frozenset({"no_slot", "no_blocks"})
-"""A gateway that is refused for these is told when there is room again."""
+START_TIMEOUT_S = 2.0
+"""For so long an accepted request waits for its work (`Start`)."""
+UNCHANGED_AFTER_S = 5.0
+"""A request that has not come forward for so long is named in pings, so that its gateway may say it is unknown."""
 
 log = logging.getLogger(__name__)
 
 
 class Role(ABC):
-    """A role: takes requests on its verb, holds them in slots, lets them go. Subclasses say what happens between."""
+    """A role: holds requests in slots, lets them go. `AcceptingRole` accepts them, and subclasses do the work."""
 
     verb: ClassVar[RoleName]
     can_move: ClassVar[bool] = False
@@ -47,11 +45,11 @@ class Role(ABC):
     def __init__(self, parts: InstanceParts, *, step_tokens: int = 0) -> None:
         self.parts = parts
         self.reservations = Reservations(parts.cache, parts.loaded.layout.num_blocks(step_tokens))
+        self.rejections = Rejections()
         self._held: dict[str, Held] = {}
+        self._reserved: dict[str, Reserved] = {}
         self._less = asyncio.Event()
         """There is less to do than before."""
-        self._refused: dict[str, None] = {}
-        """Gateways that wait for room, the first to be refused first."""
         self.num_accepted = 0
         self.num_rejected = 0
         self.num_ended = 0
@@ -64,7 +62,7 @@ class Role(ABC):
 
     @property
     def slots_used(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._reserved)
 
     @property
     def slots_leased(self) -> int:
@@ -74,23 +72,45 @@ class Role(ABC):
     @property
     def is_computing(self) -> bool:
         """Whether anything is left for the engine, or on its way to it."""
-        return any(held.lease_id is None for held in self._held.values())
+        return bool(self._reserved) or any(held.lease_id is None for held in self._held.values())
 
-    def uncomputed(self) -> PromptWork:
-        """What is left of all that the engine works on."""
-        sequences = [held.sequence for held in self._held.values() if held.in_engine]
-        left = (PromptWork.of(len(one.token_ids), one.num_computed_tokens) for one in sequences)
-        return sum(left, PromptWork())
+    def knows(self, request_id: str) -> bool:
+        """Whether it holds something for a request."""
+        return request_id in self._held or request_id in self._reserved
 
-    def handle(self, verb: str, key: str, incoming: Incoming) -> None:
+    def unchanged(self, now: float) -> dict[str, list[str]]:
+        """Returns, for each gateway that has requests here, those that have not come forward for a while."""
+        found: dict[str, list[str]] = {reserved.ask.gateway_id: [] for reserved in self._reserved.values()}
+        for held in self._held.values():
+            ids = found.setdefault(held.gateway_id, [])
+            if now - held.changed_at > UNCHANGED_AFTER_S:
+                ids.append(held.request_id)
+        return found
+
+    def handle(self, verb: str, incoming: Incoming) -> None:
         """A message about requests that are held, by this role or another."""
         if verb == "cancel":
-            self.end_all(self._held[one] for one in incoming.parse(Cancel).request_ids if one in self._held)
-        elif verb == "gone" and incoming.nobody_listens:
-            self.end_all(held for held in self._held.values() if held.gateway_id == key)
+            self.release_requests(incoming.parse(Cancel).request_ids)
+
+    def release_requests(self, request_ids: Iterable[str]) -> None:
+        """Releases requests without a word to their gateways, which do not want them any more."""
+        for request_id in request_ids:
+            self.rejections.remove_request(request_id)
+            if request_id in self._held:
+                self.end(self._held[request_id])
+            elif request_id in self._reserved:
+                self.release_reserved(self._reserved[request_id])
+
+    def release_gateway(self, gateway_id: str) -> None:
+        """Releases everything that is held for a gateway that is dead."""
+        self.rejections.remove_gateway(gateway_id)
+        self.end_all(held for held in self._held.values() if held.gateway_id == gateway_id)
+        for reserved in list(self._reserved.values()):
+            if reserved.ask.gateway_id == gateway_id:
+                self.release_reserved(reserved)
 
     def admissions(self) -> Admissions:
-        """What has been accepted and refused in this role."""
+        """What has been accepted and rejected in this role."""
         return Admissions(
             num_accepted=self.num_accepted,
             num_rejected=self.num_rejected,
@@ -100,49 +120,110 @@ class Role(ABC):
 
     @abstractmethod
     async def take(self, incoming: Incoming) -> AskReply:
-        """Accepts a request and starts on it, or refuses it; at once."""
+        """Accepts a request, or rejects it; at once."""
+
+    @abstractmethod
+    def start(self, start: Start) -> bool:
+        """Starts an accepted request with its work; False if it is not waiting for it here."""
+
+    @abstractmethod
+    def notify_gateways(self) -> None:
+        """Tells a gateway that was rejected, if one of its requests would be accepted now."""
 
     @abstractmethod
     async def on_tokens(self, tokens: list[NewToken]) -> None:
         """What one engine step generated."""
 
-    def end_all(self, several: Iterable[Held], error: RequestError | None = None, *, counts: bool = True) -> None:
+    def end_all(self, several: Iterable[Held], failure: Failure | None = None) -> None:
         for held in list(several):
-            self.end(held, error, counts=counts)
+            self.end(held, failure)
 
-    def end(self, held: Held, error: RequestError | None = None, *, counts: bool = True) -> None:
+    def end(self, held: Held, failure: Failure | None = None) -> None:
         """Begins to let a request go, whatever it is at; tells its gateway why, if there is a reason to tell."""
         if held.ending:
             return
         held.reservation.is_ending = True
-        self.parts.tasks.create_task(self._let_go(held, error, counts))
+        self.run(held.request_id, self._let_go(held, failure))
+
+    def release_reserved(self, reserved: Reserved, failure: Failure | None = None) -> None:
+        """Releases a request whose work has not come; tells its gateway why, if there is a reason to tell."""
+        self._remove_reserved(reserved)
+        self._after_reserved(reserved, failure)
+
+    def _remove_reserved(self, reserved: Reserved) -> None:
+        del self._reserved[reserved.request_id]
+        self.reservations.release(reserved.reservation, [])
+
+    def _after_reserved(self, reserved: Reserved, failure: Failure | None) -> None:
+        """The request has ended without having been started."""
+        gateway_id, request_id = reserved.ask.gateway_id, reserved.request_id
+        self._less.set()
+        self.parts.outbox.ended(gateway_id, request_id)
+        if failure is not None:
+            self.run(request_id, self._send_failure(gateway_id, request_id, failure))
+        self.parts.room_came_free()
+
+    def run(self, request_id: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs work for one request in a task of its own. An exception ends that request, and nothing else."""
+        return self.parts.tasks.create_task(self._run(request_id, work))
+
+    async def _run(self, request_id: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("Internal error while handling request %s.", request_id)
+            self.fail_requests([request_id], "an internal error of the instance")
+
+    def fail_requests(self, request_ids: Iterable[str], why: str) -> None:
+        """Fails requests that met a fault of this program."""
+        for held in [self._held[one] for one in request_ids if one in self._held]:
+            self.end(held, Failure(InternalError(why)))
 
     def fail_all(self, why: str, *, counts: bool) -> None:
         """Gives all requests up: their gateways take them elsewhere."""
-        self.end_all(self._held.values(), InstanceFailed(why), counts=counts)
+        self.end_all(self._held.values(), Failure(InstanceFailed(why), counts))
+        self._fail_reserved(why)
+
+    def fail_crashed(self, why: str) -> None:
+        """Fails all requests after an engine step raised; only those that were in the engine may have caused it."""
+        for held in list(self._held.values()):
+            failure = Failure(InstanceFailed(why), counts=held.in_engine, in_failed_step=held.in_engine)
+            self.end(held, failure)
+        self._fail_reserved(why)
 
     def fail_computing(self, why: str) -> None:
         """Gives those up that the engine is not done with."""
-        self.end_all([held for held in self._held.values() if held.lease_id is None], InstanceFailed(why), counts=False)
+        computing = [held for held in self._held.values() if held.lease_id is None]
+        self.end_all(computing, Failure(InstanceFailed(why), counts=False))
+        self._fail_reserved(why)
+
+    def _fail_reserved(self, why: str) -> None:
+        for reserved in list(self._reserved.values()):
+            self.release_reserved(reserved, Failure(InstanceFailed(why), counts=False))
 
     def bus_came_back(self) -> None:
         """Gives up what may have lost a message."""
         self.fail_all(BUS_WAS_AWAY, counts=False)
 
     def sweep(self, now: float) -> None:
-        """Ends the requests whose deadline has passed."""
+        """Ends the requests whose deadline has passed, and those whose work has not come. `now` is monotonic."""
         late = [held for held in self._held.values() if held.deadline <= now]
-        self.end_all(late, DeadlineExceeded("the request's deadline has passed"))
+        self.end_all(late, Failure(DeadlineExceeded("the request's deadline has passed")))
+        for reserved in list(self._reserved.values()):
+            if now - reserved.accepted_at > START_TIMEOUT_S:
+                self.release_reserved(reserved)
+        self.rejections.expire(now)
 
     def close(self) -> None:  # noqa: B027 - most roles have nothing to close
         """Lets go of what the role keeps between requests."""
 
-    async def move_all(self) -> None:  # noqa: B027 - where requests are soon done, none is moved
+    async def move_all(self) -> None:
         """Gets requests on their way to other instances of this role, as far as it can be done."""
+        self._fail_reserved("this instance changes its role")
 
     async def until_idle(self) -> None:
         """Returns once nothing is held."""
-        await self._until(lambda: not self._held)
+        await self._until(lambda: self.slots_used == 0)
 
     async def until_computed(self) -> None:
         """Returns once what is held, if anything, only waits to be fetched."""
@@ -153,84 +234,15 @@ class Role(ABC):
             self._less.clear()
             await self._less.wait()
 
-    def admit(self, request: InstanceRequest, deadline: float, room_for: Callable[[], Room]) -> Room | RejectionReason:
-        """The room that a request is to have, or why this instance cannot take it.
-
-        Only who may come in at all is looked up in the cache, which takes as long as its prompt.
-        """
-        parts = self.parts
-        reason = refusal(
-            RequestFacts(
-                epoch=request.epoch,
-                fingerprint=request.fingerprint,
-                is_held=request.request_id in self._held,
-                deadline=deadline,
-            ),
-            InstanceFacts(
-                epoch=parts.epoch(),
-                fingerprint=parts.loaded.fingerprint,
-                draining=not parts.accepting(),
-                slots_free=1 if request.is_canary else self.slots_total - self.slots_used,
-                now=time.time(),
-            ),
-        )
-        if reason is None:
-            room = room_for()
-            reason = room_refusal(self.reservations.needs(room), self.reservations.supply()) or self.lateness(
-                request, room
-            )
-        if reason is None:
-            self.num_accepted += 1
-            return room
-        self.num_rejected += reason in WANTS_ROOM or reason == "no_time"
-        if reason in WANTS_ROOM and not request.is_canary:
-            self._refused.setdefault(request.gateway_id)
-        return reason
-
-    def hold(self, request: InstanceRequest, room: Room, incoming: Incoming, num_to_generate: int) -> Held:
-        """Reserves blocks and a slot for a request that admission has accepted.
-
-        Raises:
-            RequestError: it is not for this model; nothing is held.
-        """
-        parts = self.parts
-        reservation = self.reservations.reserve(request.request_id, request.arrived_at, room)
-        try:
-            sequence = Sequence(
-                request_id=request.request_id,
-                token_ids=request.token_ids,
-                num_prompt_tokens=request.num_prompt_tokens,
-                blocks=list(reservation.allocation.blocks),
-                sampling=request.sampling,
-                num_to_generate=num_to_generate,
-                num_shared_blocks=reservation.allocation.num_matched,
-            )
-            check(sequence, parts.loaded.vocab_size, parts.loaded.max_position_embeddings)
-        except RequestError:
-            self.reservations.release(reservation, [])
-            raise
-        attributes: dict[str, str | int] = {
-            tracing.INSTANCE_ID: parts.instance_id,
-            tracing.REQUEST_ID: request.request_id,
-            tracing.NUM_PROMPT_TOKENS: request.num_prompt_tokens,
-            tracing.NUM_BLOCKS: room.num_blocks,
-        }
-        span = tracing.tracer.start_span(self.verb, incoming.trace_context, SpanKind.SERVER, attributes)
-        held = Held(request.request_id, request.gateway_id, sequence, reservation, incoming.deadline, span)
-        self._held[request.request_id] = held
-        return held
-
-    def lateness(self, request: InstanceRequest, room: Room) -> RejectionReason | None:
-        """Why a request that there is room for would come too late; None if it would not."""
-        return None
-
     def lease(self, held: Held) -> KVLease:
         """Keeps the KV of a request that the engine is done with until somebody fetches it, or its time is over."""
         parts = self.parts
         layout = parts.loaded.layout
         num_tokens = held.sequence.num_computed_tokens
         num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
+        expires_in_s = max(0.0, min(held.deadline - time.monotonic(), parts.settings.lease_s))
         held.lease_id = secrets.token_urlsafe(16)
+        held.changed_at = time.monotonic()
         lease = Lease(
             lease_id=held.lease_id,
             num_tokens=num_tokens,
@@ -238,7 +250,7 @@ class Role(ABC):
             export=lambda skip_blocks: parts.staging.export(
                 held.sequence.blocks[skip_blocks:], num_bytes - skip_blocks * layout.block_bytes
             ),
-            expires_at=min(held.deadline, time.time() + parts.settings.lease_s),
+            expires_at=time.monotonic() + expires_in_s,
             let_go=lambda fetched: self.forget(held),
         )
         held.span.set_attribute(tracing.KV_BYTES, num_bytes)
@@ -251,7 +263,7 @@ class Role(ABC):
             port=parts.holder.port,
             num_tokens=num_tokens,
             num_bytes=num_bytes,
-            expires_at=lease.expires_at,
+            expires_in_s=expires_in_s,
         )
 
     def holding(self, request_id: str) -> Held | None:
@@ -274,20 +286,12 @@ class Role(ABC):
         held.span.end()
         self.parts.room_came_free()
 
-    def tell_who_waits(self) -> None:
-        """One gateway for each slot, in turns: told all at once they would ask in vain."""
-        if self._refused:
-            gateway_id = next(iter(self._refused))
-            del self._refused[gateway_id]
-            self.parts.tasks.create_task(self.parts.outbox.free(gateway_id, self.parts.group(), self.verb))
-
     def room_came_free(self) -> None:  # noqa: B027 - where requests do not grow, nobody waits for room
         """Blocks have been let go of, by this role or another."""
 
-    async def _let_go(self, held: Held, error: RequestError | None, counts: bool) -> None:
-        if error is not None:
-            log.warning("request %s is given up: %s", held.request_id, error.message)
-            await self.parts.outbox.failed(held.gateway_id, held.request_id, error, counts=counts)
+    async def _let_go(self, held: Held, failure: Failure | None) -> None:
+        if failure is not None:
+            await self._send_failure(held.gateway_id, held.request_id, failure)
         if held.transfer is not None:
             held.transfer.cancel()
             await asyncio.wait([held.transfer])
@@ -297,6 +301,13 @@ class Role(ABC):
             self.parts.holder.release(held.lease_id)
         else:
             self.forget(held)
+
+    async def _send_failure(self, gateway_id: str, request_id: str, failure: Failure) -> None:
+        log.warning("Request %s has failed here: %s", request_id, failure.error.message)
+        try:
+            await self.parts.outbox.failed(gateway_id, request_id, failure)
+        except Exception:  # the edge to the bus: whatever it was, the request's blocks must be released
+            log.exception("Gateway %s was not told that request %s has failed.", gateway_id, request_id)
 
 
 def find_role(name: str) -> type[Role]:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Lease:
     """KV that waits: how to get at it, and what to call, with whether it was fetched, when it need wait no more.
 
-    `export` gives its bytes but for those of so many first blocks.
+    `export` gives its bytes but for those of so many first blocks. `expires_at` is in seconds of `time.monotonic()`.
     """
 
     lease_id: str
@@ -154,7 +154,7 @@ class KVHolder:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            now = time.time()
+            now = time.monotonic()
             for lease in [one for one in self._leases.values() if one.expires_at <= now]:
                 log.warning("lease %s ended: nobody fetched its KV in time", lease.lease_id)
                 self.release(lease.lease_id)

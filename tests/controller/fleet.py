@@ -3,7 +3,6 @@ to a real registry.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,15 +23,14 @@ from shared.groups import GroupSpec
 from shared.messages.control import Assign, Assigned
 from shared.messages.records import InstanceRecord, Member, Role
 from shared.messages.serving import (
+    Ask,
     AskReply,
     Cancel,
-    DecodeRequest,
     Failed,
     KVLease,
     Message,
     OutputToken,
     Prefilled,
-    PrefillRequest,
     StepTokens,
 )
 from shared.registry import registry
@@ -43,7 +41,6 @@ from tests.harness import eventually
 
 READ_EVERY_S = 0.01
 LATE_S = 0.6
-Request = PrefillRequest | DecodeRequest
 
 
 @dataclass
@@ -79,7 +76,7 @@ class Fake:
     first_token: int = 7
     is_alive: bool = True
     orders: list[Assign] = field(default_factory=list)
-    canaries: list[Request] = field(default_factory=list)
+    canaries: list[Ask] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
     async def beat(self) -> None:
@@ -95,10 +92,8 @@ class Fake:
             await self._follow(incoming, incoming.parse(Assign))
         elif verb == "cancel":
             self.cancelled += incoming.parse(Cancel).request_ids
-        elif verb == "prefill":
-            await self._serve(incoming, incoming.parse(PrefillRequest))
         else:
-            await self._serve(incoming, incoming.parse(DecodeRequest))
+            await self._serve(incoming, incoming.parse(Ask), "prefill" if verb == "prefill" else "decode")
 
     async def _follow(self, incoming: Incoming, order: Assign) -> None:
         self.orders.append(order)
@@ -128,12 +123,11 @@ class Fake:
         """It shows with the next heartbeat."""
         self.record = self.record.model_copy(update=changes)
 
-    async def _serve(self, incoming: Incoming, request: Request) -> None:
+    async def _serve(self, incoming: Incoming, request: Ask, role: Role) -> None:
         self.canaries.append(request)
         if self.dies_serving:
             self.is_alive = False
             return
-        role: Role = "prefill" if isinstance(request, PrefillRequest) else "decode"
         is_right = (request.epoch, role) == (self.record.epoch, self.record.role) and self.record.state == "ready"
         if not is_right or role == self.refuses_as:
             await incoming.respond(AskReply(accepted=False, reason="no_slot" if is_right else "wrong_epoch"))
@@ -148,28 +142,29 @@ class Fake:
             await self._tell(
                 request, "failed", Failed(instance_id=self.record.id, request_id=request.request_id, error=error)
             )
-        elif isinstance(request, PrefillRequest) and not self.is_silent:
+        elif role == "prefill" and not self.is_silent:
             await self._prefill(request)
         elif not self.is_silent:
-            for index in range(1, request.sampling.max_tokens):
+            assert request.start is not None
+            for index in range(1, request.max_tokens):
                 token = OutputToken(
                     request_id=request.request_id,
                     index=index,
-                    token_id=request.token_ids[-1] + index,
-                    finish_reason="length" if index + 1 == request.sampling.max_tokens else None,
+                    token_id=request.start.token_ids[-1] + index,
+                    finish_reason="length" if index + 1 == request.max_tokens else None,
                 )
                 await self._tell(request, "tokens", StepTokens(instance_id=self.record.id, tokens=[token]))
 
-    async def _prefill(self, request: PrefillRequest) -> None:
-        is_over = request.sampling.max_tokens == 1
+    async def _prefill(self, request: Ask) -> None:
+        is_over = request.max_tokens == 1
         lease = KVLease(
             lease_id="lease",
             instance_id=self.record.id,
             host="h",
             port=1,
-            num_tokens=len(request.token_ids),
+            num_tokens=request.num_tokens,
             num_bytes=1,
-            expires_at=time.time() + 60.0,
+            expires_in_s=60.0,
         )
         token = OutputToken(
             request_id=request.request_id,
@@ -180,7 +175,7 @@ class Fake:
         prefilled = Prefilled(instance_id=self.record.id, token=token, lease=None if is_over else lease)
         await self._tell(request, "prefilled", prefilled)
 
-    async def _tell(self, request: Request, verb: str, message: Message) -> None:
+    async def _tell(self, request: Ask, verb: str, message: Message) -> None:
         await self.bus.publish(subjects.gateway(request.gateway_id, verb), message)
 
 

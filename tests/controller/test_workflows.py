@@ -9,7 +9,7 @@ from services.controller import workflows
 from services.controller.policy.membership import Place
 from shared.messages.control import Assign, Assigned, OrderRejection
 from shared.messages.records import Role
-from shared.messages.serving import AskReply, DecodeRequest, PrefillRequest
+from shared.messages.serving import AskReply
 from tests.controller.fleet import Fleet, fleet
 from tests.controller.world import member, serving
 from tests.harness import eventually
@@ -45,10 +45,10 @@ async def test_the_canary_is_a_request_through_the_newcomer_and_a_peer(nats_url:
         s1 = await made.add_spare("s1")
         assert await made.assign("s1", DECODE) == "done"
         [first], [second] = p1.canaries, s1.canaries
-        assert isinstance(first, PrefillRequest)
-        assert isinstance(second, DecodeRequest)
         assert first.request_id == second.request_id
+        assert first.lease is None
         assert second.lease is not None
+        assert second.lease.num_tokens == second.num_tokens - 1
         assert (first.is_canary, second.is_canary) == (True, True)
         assert (first.epoch, second.epoch) == (1, 1)
         await eventually(lambda: first.request_id in p1.cancelled and first.request_id in s1.cancelled)
@@ -66,7 +66,7 @@ async def test_the_first_of_a_group_has_its_canary_alone(nats_url: str, redis_ur
         await made.maps.remove(["s1", "s2"])
         s3 = await made.add_spare("s3")
         assert await made.assign("s3", PREFILL) == "done"
-        assert [one.sampling.max_tokens for one in s3.canaries] == [1]
+        assert [one.max_tokens for one in s3.canaries] == [1]
 
 
 @pytest.mark.parametrize("decode_fails", [False, True])
@@ -290,7 +290,7 @@ async def test_an_order_that_nobody_answers_fails(
     async with fleet(nats_url, redis_url) as made:
         await made.add_spare("s1", answers=[None])
         outcome = await made.assign("s1", DECODE)
-        assert outcome.startswith("failed: s1 does not answer: no answer on pdserve.v1.instance.s1.assign")
+        assert outcome.startswith("failed: s1 does not answer: No answer came on pdserve.v1.instance.s1.assign")
 
 
 async def test_an_answer_that_cannot_be_read_fails_the_workflow_alone(nats_url: str, redis_url: str) -> None:

@@ -34,7 +34,7 @@ class Held:
     ) -> None:
         self.let_go: list[bool] = []
         self.views = views
-        expires_at = time.time() + lifetime_s
+        expires_at = time.monotonic() + lifetime_s
         self.lease = Lease(name, 40, sum(map(len, views)), self.export, expires_at, self.let_go.append)
         holder.hold(self.lease)
         self.ticket = KVLease(
@@ -44,7 +44,7 @@ class Held:
             port=holder.port,
             num_tokens=40,
             num_bytes=self.lease.num_bytes,
-            expires_at=expires_at,
+            expires_in_s=lifetime_s,
         )
 
     def export(self, skip_blocks: int) -> Parcel:

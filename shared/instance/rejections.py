@@ -1,0 +1,109 @@
+"""Which gateways were rejected and wait to be told that a slot is free, and the oldest request that found no blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.instance.admission import BlockNeeds
+from shared.messages.serving import RejectionReason
+
+OLDEST_EXPIRES_S = 2.0
+"""For so long the oldest request without blocks is remembered after it has asked last."""
+GATEWAY_EXPIRES_S = 60.0
+MAX_GATEWAYS = 1000
+
+NO_CAPACITY: frozenset[RejectionReason] = frozenset({"no_slot", "busy", "no_blocks"})
+"""A gateway that is rejected for one of these reasons is told when its request would be accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRequest:
+    """A request that was rejected for lack of capacity.
+
+    Args:
+        arrived_at: when its gateway received it (monotonic seconds here).
+        needs: the blocks that it needs, as far as it was rejected for these.
+        is_prompt: whether its prompt would be computed here.
+        rejected_at: when it was rejected (monotonic seconds).
+    """
+
+    request_id: str
+    gateway_id: str
+    arrived_at: float
+    needs: BlockNeeds
+    is_prompt: bool
+    rejected_at: float
+
+
+class Rejections:
+    """Remembers one rejected request for each gateway, and the oldest of all that were rejected for lack of blocks."""
+
+    def __init__(self) -> None:
+        self._by_gateway: dict[str, RejectedRequest] = {}
+        """Gateways in the order in which they are told."""
+        self._oldest: RejectedRequest | None = None
+
+    def __len__(self) -> int:
+        """Returns how many gateways wait to be told."""
+        return len(self._by_gateway)
+
+    def add(self, request: RejectedRequest, reason: RejectionReason) -> None:
+        """Remembers a request that was rejected for lack of capacity.
+
+        Of several requests of a gateway, the one that needs the fewest blocks: the gateway is told as soon as any of
+        them may be accepted. A gateway keeps its place in the order.
+        """
+        before = self._by_gateway.get(request.gateway_id)
+        if before is None or before.request_id == request.request_id or request.needs.now <= before.needs.now:
+            self._by_gateway[request.gateway_id] = request
+        if len(self._by_gateway) > MAX_GATEWAYS:
+            del self._by_gateway[next(iter(self._by_gateway))]
+        if reason != "no_blocks":
+            return
+        oldest = self.oldest(request.rejected_at)
+        if oldest is None or oldest.request_id == request.request_id or request.arrived_at < oldest.arrived_at:
+            self._oldest = request
+
+    def oldest(self, now: float) -> RejectedRequest | None:
+        """Returns the oldest request without blocks, unless it has not asked again for `OLDEST_EXPIRES_S`."""
+        if self._oldest is not None and now - self._oldest.rejected_at > OLDEST_EXPIRES_S:
+            self._oldest = None
+        return self._oldest
+
+    def older_than(self, request_id: str, arrived_at: float, now: float) -> RejectedRequest | None:
+        """Returns the oldest request without blocks if a request must not delay it: if that is another and older."""
+        oldest = self.oldest(now)
+        if oldest is None or oldest.request_id == request_id or oldest.arrived_at > arrived_at:
+            return None
+        return oldest
+
+    def remove_request(self, request_id: str) -> None:
+        """Forgets a request that was accepted or cancelled."""
+        if self._oldest is not None and self._oldest.request_id == request_id:
+            self._oldest = None
+
+    def remove_gateway(self, gateway_id: str) -> None:
+        """Forgets a gateway that is dead."""
+        self._by_gateway.pop(gateway_id, None)
+        if self._oldest is not None and self._oldest.gateway_id == gateway_id:
+            self._oldest = None
+
+    def expire(self, now: float) -> None:
+        """Forgets what was rejected long ago."""
+        self.oldest(now)
+        for gateway_id, request in list(self._by_gateway.items()):
+            if now - request.rejected_at > GATEWAY_EXPIRES_S:
+                del self._by_gateway[gateway_id]
+
+    def next_gateway(self, would_accept: Callable[[RejectedRequest], bool], now: float) -> str | None:
+        """Returns the gateway to tell now, and removes it; None while no rejected request would be accepted.
+
+        The gateway of the oldest request without blocks comes first, then each in turn.
+        """
+        oldest = self.oldest(now)
+        if oldest is not None and oldest.gateway_id in self._by_gateway and would_accept(oldest):
+            del self._by_gateway[oldest.gateway_id]
+            return oldest.gateway_id
+        found = next((one for one, request in self._by_gateway.items() if would_accept(request)), None)
+        if found is not None:
+            del self._by_gateway[found]
+        return found
