@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from weakref import WeakKeyDictionary
 
 from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
@@ -58,6 +57,10 @@ class Queues:
         self.decode = SlotQueue("decode", group, groups, instances, router, settings)
         self.latencies = GroupLatencies()
 
+    @property
+    def num_waiting(self) -> int:
+        return self.prefill.num_waiting + self.decode.num_waiting
+
     def of(self, role: Role) -> SlotQueue:
         return self.prefill if role == "prefill" else self.decode
 
@@ -78,7 +81,7 @@ class Dispatcher:
         self._instances = instances
         self._groups = groups
         self._metrics = metrics
-        self._queues: WeakKeyDictionary[Group, Queues] = WeakKeyDictionary()
+        self._queues: dict[Group, Queues] = {}
         self._tasks: dict[Request, asyncio.Task[None]] = {}
 
     def queues(self, group: Group) -> Queues:
@@ -88,6 +91,11 @@ class Dispatcher:
             found = Queues(group, self._groups, self._instances, self._router, self._settings)
             self._queues[group] = found
         return found
+
+    def tidy(self) -> None:
+        """Drops the queues of groups that are gone."""
+        groups = set(self._groups.all())
+        self._queues = {group: one for group, one in self._queues.items() if group in groups or one.num_waiting}
 
     @asynccontextmanager
     async def serving(self, requests: Sequence[Request]) -> AsyncIterator[None]:
@@ -252,12 +260,12 @@ class Dispatcher:
         num_before = request.num_output_tokens
         request.expect_decode()
         event = await request.next_event(self._settings.token_timeout_s)
+        if lease is not None:
+            await self._fetched(request, group, lease, decode.id)
         if isinstance(event, DecodeStarted):
             started_at = time.monotonic()
             if is_first:
                 self._first_token(request, group, event.num_cached_tokens)
-            if lease is not None:
-                await self._fetched(request, group, lease, decode.id)
             event = await request.next_event(self._settings.token_timeout_s)
             if lease is not None and isinstance(event, Finished):
                 num_gaps = request.num_output_tokens - num_before - 1

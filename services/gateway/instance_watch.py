@@ -1,6 +1,6 @@
 """All instances that this gateway uses: their clients, the links between them, and the watch that notices deaths.
 
-Three things tell that an instance is gone or sick: NATS reports that nobody listens on its subjects (no responders),
+Three things tell that an instance is gone or sick: NATS reports no responders on its subjects,
 it does not answer pings, or requests fail there. The registry's heartbeats (`groups.py`) are the last resort.
 """
 
@@ -159,7 +159,7 @@ class Instances:
             pong = await self._bus.request(subject, request, Pong, timeout_s=UNRESPONSIVE_AFTER_S)
         except NoResponders:
             if self._bus.connected:
-                self.lose(instance_id, "is gone: nobody listens on its subjects")
+                self.lose(instance_id, "is gone: NATS reports no responders")
             return
         except PeerUnavailable:
             if self._bus.connected and self._router.silent_s(instance_id) > UNRESPONSIVE_AFTER_S:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shared.errors import DeadlineExceeded, PDServeError, RequestError, SlowClient
 from shared.messages.serving import Moved, OutputToken, Prefilled
@@ -238,8 +238,9 @@ class Request:
             if time.monotonic() >= self.deadline:
                 raise DeadlineExceeded("the request's deadline has passed")
             if time.monotonic() >= silent_at:
-                names = " and ".join(sorted(self.participants))
-                raise AttemptFailed(f"{names} sent nothing for {max_silence_s:g} s")
+                names = sorted(self.participants)
+                message = f"{' and '.join(names)} sent nothing for {max_silence_s:g} s"
+                raise AttemptFailed(message, instance_id=names[0] if len(names) == 1 else None)
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 # Tokens move `last_event_at` without a timer of their own: the timer is set again when it has run out.
@@ -260,7 +261,8 @@ class Request:
                 if failure is not None:
                     raise failure
                 self._waiter = asyncio.get_running_loop().create_future()
-                await asyncio.wait([work, self._waiter], return_when=asyncio.FIRST_COMPLETED)
+                either: list[asyncio.Future[Any]] = [work, self._waiter]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             return work.result()
         finally:
             work.cancel()

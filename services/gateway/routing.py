@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from shared.messages.records import InstanceRecord
 
@@ -31,7 +31,7 @@ STARTED, INTERACTIVE, BATCH = range(3)
 DUE_WITHOUT_OBJECTIVE_S = 10.0
 """A request without a deadline for its first token is served as if it had this one, so that others with deadlines
 cannot overtake it forever. It is neither set aside nor shed."""
-ESTIMATE_ERROR = 1.25
+ESTIMATE_ERROR = 1.2
 """By which factor prefill may take longer, or less time, than expected."""
 PREFIX_WEIGHT = 2.0
 """How many more open requests an instance that has the whole prompt cached may have, and is still asked first."""
@@ -164,7 +164,18 @@ def hopeless_at(waiting: Waiting) -> float:
     return waiting.first_token_by - waiting.expected_s / ESTIMATE_ERROR
 
 
-def prefill_s(instance: InstanceRecord, num_uncomputed_tokens: int, num_cached_tokens: int = 0) -> float:
+class PrefillSpeed(Protocol):
+    """What an instance measures: its record and its heartbeat have it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prefill_token_s(self) -> float: ...
+    @property
+    def prefill_pair_s(self) -> float: ...
+
+
+def prefill_s(instance: PrefillSpeed, num_uncomputed_tokens: int, num_cached_tokens: int = 0) -> float:
     """Estimates the seconds in which an instance computes a prompt, once started; 0 if it has measured nothing yet.
 
     Each uncomputed token attends to itself and to all tokens before it, cached ones included.
@@ -173,14 +184,14 @@ def prefill_s(instance: InstanceRecord, num_uncomputed_tokens: int, num_cached_t
     return instance.prefill_token_s * num_uncomputed_tokens + instance.prefill_pair_s * pairs
 
 
-def shortest_prefill_s(instances: Iterable[InstanceRecord], num_tokens: int, cached: Mapping[str, float]) -> float:
+def shortest_prefill_s(instances: Iterable[PrefillSpeed], num_tokens: int, cached: Mapping[str, float]) -> float:
     """Estimates the seconds in which the fastest of the instances computes a prompt; 0 while one has measured nothing.
 
     Args:
         cached: the share (0 to 1) of the prompt that instances have cached, by instance id.
     """
 
-    def seconds(instance: InstanceRecord) -> float:
+    def seconds(instance: PrefillSpeed) -> float:
         num_cached = min(num_tokens - 1, int(num_tokens * cached.get(instance.id, 0.0)))
         return prefill_s(instance, num_tokens - num_cached, num_cached)
 

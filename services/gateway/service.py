@@ -191,6 +191,7 @@ class Gateway:
         """Drops what is known of instances that are gone, again and again."""
         while True:
             await asyncio.sleep(TIDY_EVERY_S)
+            self._dispatcher.tidy()
             self._instances.keep({member.instance_id for group in self._groups.all() for member in group.map.members})
 
     async def _watch_gateways(self) -> None:

@@ -29,11 +29,15 @@ from services.gateway.routing import Waiting
 from shared.errors import (
     RETRY_AFTER_S,
     InstanceFailed,
+    InternalError,
+    InvalidRequest,
+    MessageTooLarge,
     NoInstance,
     NoResponders,
     Overloaded,
     PDServeError,
     PeerUnavailable,
+    RequestError,
 )
 from shared.messages.records import InstanceRecord, Role
 from shared.messages.serving import AskReply, Capacity, KVLease, Start
@@ -71,6 +75,15 @@ class Accepted:
     num_rejections: int
 
 
+@dataclass(slots=True, frozen=True)
+class Asking:
+    """A question under way, when it was sent, and whether the instance participated in the request before."""
+
+    task: asyncio.Task[None]
+    sent_at: float
+    was_participant: bool
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Entry(Waiting):
     """A waiting request.
@@ -79,7 +92,7 @@ class Entry(Waiting):
         lease: the KV to fetch, for decode.
         until: when it stops waiting (monotonic).
         matched: the share of its prompt that instances have cached, by instance id.
-        asks: the questions under way, by instance id, and when each was sent.
+        asks: the questions under way, by instance id.
         rejected_at: when an instance rejected it for a reason that concerns this request alone.
         too_long_for: instances whose whole pool is too small for it.
         alone_since: since when no ready instance can serve it at all.
@@ -90,7 +103,7 @@ class Entry(Waiting):
     until: float
     matched: dict[str, float]
     result: asyncio.Future[Accepted]
-    asks: dict[str, tuple[asyncio.Task[None], float]] = field(default_factory=dict)
+    asks: dict[str, Asking] = field(default_factory=dict)
     rejected_at: dict[str, float] = field(default_factory=dict)
     too_long_for: set[str] = field(default_factory=set)
     num_rejections: int = 0
@@ -179,10 +192,12 @@ class SlotQueue:
             return await self._result(entry)
         finally:
             del self._waiting[entry]
-            for instance_id, (asking, _) in list(entry.asks.items()):
-                # It may still accept. The cancel arrives behind the question, so that nothing stays reserved.
-                asking.cancel()
-                await self._router.leave_and_cancel(request, instance_id)
+            entry.result.cancel()
+            for instance_id, asking in list(entry.asks.items()):
+                asking.task.cancel()
+                if not asking.was_participant:
+                    # It may still accept. The cancel arrives behind the question, so that nothing stays reserved.
+                    await self._router.leave_and_cancel(request, instance_id)
             self.notify()
 
     async def _result(self, entry: Entry) -> Accepted:
@@ -203,8 +218,9 @@ class SlotQueue:
     def _estimate(self, entry: Entry) -> None:
         """Estimates how long the instance takes that would compute the prompt soonest."""
         if self._role == "prefill":
-            ready = self._group.ready("prefill")[:SAMPLE]
-            entry.expected_s = routing.shortest_prefill_s(ready, len(entry.request.token_ids), entry.matched)
+            heartbeats = (self._groups.heartbeat(one.id) for one in self._group.ready("prefill")[:SAMPLE])
+            speeds = [one for one in heartbeats if one is not None]
+            entry.expected_s = routing.shortest_prefill_s(speeds, len(entry.request.token_ids), entry.matched)
 
     def _group_changed(self) -> None:
         self._decode_limits = routing.longest_by_fingerprint(self._group.ready("decode"))
@@ -215,6 +231,8 @@ class SlotQueue:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
+        if self._waiting and self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
         now = time.monotonic()
         num_examined = 0
         for entry in self._in_order(now):
@@ -222,14 +240,13 @@ class SlotQueue:
                 continue
             record = self._choose(entry, now, search_all=num_examined == 0)
             if record is not None:
-                asking = asyncio.create_task(self._ask(entry, record))
-                entry.asks[record.id] = (asking, now)
+                was_participant = record.id in entry.request.participants
+                asking = asyncio.create_task(self._ask(entry, record, was_participant))
+                entry.asks[record.id] = Asking(asking, now, was_participant)
             elif not self._is_alone(entry, now):
                 num_examined += 1
                 if num_examined == MAX_EXAMINED:
                     break
-        if self._waiting and self._tick is None:
-            self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
 
     def _ticked(self) -> None:
         self._tick = None
@@ -244,7 +261,7 @@ class SlotQueue:
 
     def _is_slow(self, entry: Entry, now: float) -> bool:
         """Returns whether all instances that have been asked take unusually long to answer."""
-        return all(now - at > self._instances.client(one).hedge_after_s for one, (_, at) in entry.asks.items())
+        return all(now - one.sent_at > self._instances.client(name).hedge_after_s for name, one in entry.asks.items())
 
     def _choose(self, entry: Entry, now: float, *, search_all: bool) -> InstanceRecord | None:
         """Returns the best instance that may accept the request now: of a few, if there are many."""
@@ -301,10 +318,9 @@ class SlotQueue:
             entry.fail(_nobody(self._role, request))
         return True
 
-    async def _ask(self, entry: Entry, record: InstanceRecord) -> None:
+    async def _ask(self, entry: Entry, record: InstanceRecord, was_participant: bool) -> None:
         """Asks one instance. Its errors end this question only."""
         request, client = entry.request, self._instances.client(record.id)
-        was_participant = record.id in request.participants
         start = Start(request_id=request.attempt_id, token_ids=request.token_ids, sampling=request.sampling)
         inline = len(request.token_ids) <= INLINE_TOKENS or client.accepts_surely(self._role, time.monotonic())
         ask = question(request, record, self._router.gateway_id, entry.lease, start if inline else None)
@@ -314,20 +330,28 @@ class SlotQueue:
             if reply.accepted:
                 if not inline:
                     await client.start(start)
-                entry.result.set_result(Accepted(record, entry.num_rejections))
-                return
+                if not entry.result.done():
+                    entry.result.set_result(Accepted(record, entry.num_rejections))
+                    return
+                reply = reply.model_copy(update={"reason": "duplicate"})
+                await client.cancel(request.attempt_id)
             if not was_participant:
                 self._router.leave(request, record.id)
             self._rejected(entry, client, reply)
         except NoResponders:
             self._router.leave(request, record.id)
-            self._instances.lose(record.id, "is gone: nobody listens on its subjects")
+            self._instances.lose(record.id, "is gone: NATS reports no responders")
         except PeerUnavailable as error:
             log.warning("%s", error)
             if not was_participant:
                 await self._router.leave_and_cancel(request, record.id)
-        except PDServeError as error:
+        except MessageTooLarge as error:
+            entry.fail(InvalidRequest(f"The request does not fit into a NATS message: {error}"))
+        except RequestError as error:
             entry.fail(error)
+        except Exception:
+            log.exception("internal error while asking %s for request %s", record.id, request.id)
+            entry.fail(InternalError("The gateway failed at this request; its log says why."))
         finally:
             del entry.asks[record.id]
             self.notify()
