@@ -74,6 +74,19 @@ class GatewaySettings(ModelSettings):
     api_keys: str = ""
     """Keys that clients may use, separated by commas; none means that everybody may."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**20
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 64 * 2**10
+    max_connections: Annotated[int, Field(ge=1)] = 4096
+    """How many HTTP connections may be open; further ones are rejected with 429."""
+    http_read_timeout_s: Seconds = 30.0
+    """How long an HTTP request may take to arrive, head and body; also how long a new connection may be silent."""
+    http_write_timeout_s: Seconds = 30.0
+    """A client that leaves data unread for so long is disconnected."""
+    http_idle_timeout_s: Seconds = 60.0
+    """How long a connection stays open between two requests."""
+    cors_origins: str = ""
+    """Origins of web pages that may use the HTTP API, separated by commas; `*` allows all, none switches CORS off."""
+    idempotency_ttl_s: Seconds = 300.0
+    """How long a finished answer is kept for retries with the same Idempotency-Key."""
     request_timeout_s: Seconds = 600.0
     ttft_timeout_s: Seconds = 60.0
     """A request that no prefill instance has accepted by then ends with 429."""
@@ -89,6 +102,8 @@ class GatewaySettings(ModelSettings):
     """Whether a decode instance computes a short prompt itself where that is quicker, as measured."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """How many requests may wait in this gateway for a slot; one more is refused with 429."""
+    watch_groups: str = ""
+    """The groups that this gateway serves, separated by commas, with all their replicas; none means all groups."""
 
     @property
     def local_address(self) -> str:
@@ -97,8 +112,17 @@ class GatewaySettings(ModelSettings):
         return f"http://{host}:{self.http_port}"
 
     @property
+    def watched_group_names(self) -> frozenset[str]:
+        """The names in `watch_groups`; empty for all groups."""
+        return frozenset(name.strip() for name in self.watch_groups.split(",") if name.strip())
+
+    @property
     def api_key_set(self) -> frozenset[str]:
         return frozenset(key.strip() for key in self.api_keys.split(",") if key.strip())
+
+    @property
+    def cors_origin_list(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
 
 class InstanceSettings(ModelSettings):
@@ -169,6 +193,15 @@ class ControllerSettings(Settings):
     """How long an instance may take to follow an order, the loading of another model aside."""
     load_timeout_s: Seconds = 600.0
     """How long an instance may take to load another model."""
+
+
+class UpSettings(Settings):
+    """Settings of `pdserve up` itself."""
+
+    nats_open: bool = False
+    """Whether the embedded NATS server lets everybody publish and subscribe everywhere, without accounts."""
+    nats_clients: str = "client"
+    """Names of the request API's clients, separated by commas: each gets a user of the embedded NATS server."""
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -1,42 +1,42 @@
 """/v1/completions: prompts in, the text that follows each out."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from services.gateway.api import ApiContext, check_model
-from shared.text.text_stream import TextDelta
-from services.gateway.openai.body import parse
-from services.gateway.openai.job import Collected, Job, Json, Usage, check_num_choices, make_job
-from services.gateway.openai.logprobs import text_logprobs, token_label
+from services.gateway.openai.handler import Completion, Json, check_num_choices, make_completion
+from services.gateway.openai.middleware import RequestContext
 from services.gateway.openai.schemas import CompletionRequest
-from services.gateway.openai.unsupported import supported_fields
 from services.gateway.sampling import DEFAULT_MAX_TOKENS
+from shared.messages.serving import TokenLogprobs
+from shared.sampling import LEAST_LOGPROB
+from shared.text.text_stream import TextDelta
+from shared.text.vocabulary import Vocabulary
 
 
-async def prepare_completions(api: ApiContext, request_id: str, body: Mapping[str, object]) -> Job:
-    """The job that a request body asks for.
+async def prepare_completions(api: ApiContext, context: RequestContext, fields: CompletionRequest) -> Completion:
+    """Makes the completion that a request asks for.
 
     Raises:
-        RequestError: the request is refused.
+        RequestError: the request is rejected.
     """
-    request = parse(CompletionRequest, supported_fields(body))
-    check_model(api, request.model)
-    check_num_choices(len(request.prompt), request.n)
+    check_model(api, fields.model)
+    check_num_choices(len(fields.prompt), fields.n)
     max_model_len = api.core.max_model_len()
     prompts = [
         await api.tokenizer.encode(prompt, max_tokens=max_model_len) if isinstance(prompt, str) else prompt
-        for prompt in request.prompt
+        for prompt in fields.prompt
     ]
-    return make_job(
+    return make_completion(
         api,
-        request,
-        request_id,
+        context,
+        fields,
         prompts,
-        TextWriter(api, request, request_id, prompts),
+        TextWriter(api, context.request_id, fields, prompts),
         param="prompt",
-        max_tokens=request.max_tokens,
+        max_tokens=fields.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
-        logprobs=request.logprobs,
+        logprobs=fields.logprobs,
     )
 
 
@@ -47,14 +47,14 @@ class TextWriter:
     """
 
     def __init__(
-        self, api: ApiContext, request: CompletionRequest, request_id: str, prompts: Sequence[list[int]]
+        self, api: ApiContext, request_id: str, fields: CompletionRequest, prompts: Sequence[list[int]]
     ) -> None:
         self._vocabulary = api.tokenizer.vocabulary
-        self._has_logprobs = request.logprobs is not None
-        self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
-        self._returns_ids = bool(request.return_token_ids)
+        self._has_logprobs = fields.logprobs is not None
+        self._includes_usage = bool(fields.stream_options and fields.stream_options.include_usage)
+        self._returns_ids = bool(fields.return_token_ids)
         self._prompts = prompts
-        self._n = request.n or 1
+        self._n = fields.n or 1
         self._offsets: dict[int, int] = {}
         self._head: Json = {
             "id": f"cmpl-{request_id}",
@@ -65,22 +65,22 @@ class TextWriter:
         }
 
     def chunk(self, index: int, delta: TextDelta) -> Json:
-        chunk: Json = {**self._head, "choices": [self._choice(index, delta.text, delta)]}
+        chunk: Json = {**self._head, "choices": [self._choice(index, delta)]}
         if self._includes_usage:
             chunk["usage"] = None
         return chunk
 
-    def last_chunk(self, usage: Usage) -> Json:
-        return {**self._head, "choices": [], "usage": usage.json()}
+    def usage_chunk(self, usage: Json) -> Json:
+        return {**self._head, "choices": [], "usage": usage}
 
-    def whole(self, choices: Sequence[Collected], usage: Usage) -> Json:
-        written = [self._choice(index, "".join(choice.text), choice) for index, choice in enumerate(choices)]
-        return {**self._head, "choices": written, "usage": usage.json()}
+    def whole(self, choices: Sequence[TextDelta], usage: Json) -> Json:
+        written = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        return {**self._head, "choices": written, "usage": usage}
 
-    def _choice(self, index: int, text: str, given: TextDelta | Collected) -> Json:
+    def _choice(self, index: int, given: TextDelta) -> Json:
         is_first = index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
-        choice: Json = {"index": index, "text": text, "logprobs": None, "finish_reason": given.finish_reason}
+        choice: Json = {"index": index, "text": given.text, "logprobs": None, "finish_reason": given.finish_reason}
         if self._has_logprobs:
             choice["logprobs"] = text_logprobs(self._vocabulary, given.token_ids, given.logprobs, offset)
             self._offsets[index] += sum(len(token_label(self._vocabulary, token)) for token in given.token_ids)
@@ -89,3 +89,43 @@ class TextWriter:
             if is_first:
                 choice["prompt_token_ids"] = self._prompts[index // self._n]
         return choice
+
+
+def text_logprobs(
+    vocabulary: Vocabulary, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offset: int
+) -> Json:
+    """`choices[].logprobs` of a text completion.
+
+    Args:
+        offset: characters of the choice's tokens before these.
+
+    Returns:
+        tokens, token_logprobs, top_logprobs (the likeliest and the chosen token, by text) and text_offset, each with
+        one item for each token.
+    """
+    tokens = [token_label(vocabulary, token_id) for token_id in token_ids]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [max(item.logprob, LEAST_LOGPROB) for item in logprobs],
+        "top_logprobs": [
+            {
+                token: max(item.logprob, LEAST_LOGPROB),
+                **{token_label(vocabulary, top.token_id): max(top.logprob, LEAST_LOGPROB) for top in item.top},
+            }
+            for token, item in zip(tokens, logprobs, strict=True)
+        ],
+        "text_offset": offsets,
+    }
+
+
+def token_label(vocabulary: Vocabulary, token_id: int) -> str:
+    """A token as text; a part of a character as OpenAI writes it, `bytes:\\xe2\\x80`, so that parts stay distinct."""
+    content = vocabulary.token_bytes(token_id)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -1,24 +1,113 @@
-"""Requests as clients write them. Types are checked here, the ranges of sampling parameters by SamplingParams.
+"""Requests as clients write them: the fields of both endpoints, and which of OpenAI's fields have no effect or fail.
 
-The validators of fields that may have several types are written out, so that the error names the field and one reason;
-and lists fail at their first bad item, so that a large bad body costs no more than a good one.
+Types are checked here, the ranges of sampling parameters by SamplingParams. The validators of fields that may have
+several types are written out, so that the error names the field and one reason; and lists fail at their first bad item,
+so that a large bad body costs no more than a good one.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
+from shared.errors import InvalidRequest, invalid_request
 from shared.messages.generate_api import Priority, Scenario
 from shared.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128
+MAX_MESSAGES = 10_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOSEN_TOKENS = 1024
-T = TypeVar("T")
+
+IGNORED = frozenset(
+    {
+        "metadata",
+        "moderation",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields without effect here: they are about accounts, billing and speed, not about the generated text."""
+
+NO_TOOLS = "tools are not supported: describe them in the prompt, and read the calls from the text"
+NO_AUDIO = "only text is generated: remove it"
+NO_REASONING = "the reasoning of earlier answers is not supported: remove it, or make it part of the content"
+
+UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "tools": (([],), NO_TOOLS),
+    "tool_choice": (("none", "auto"), NO_TOOLS),
+    "functions": (([],), NO_TOOLS),
+    "function_call": (("none", "auto"), NO_TOOLS),
+    "response_format": (({"type": "text"},), 'only {"type": "text"} is supported: ask for the format in the prompt'),
+    "modalities": ((["text"],), 'only ["text"] is supported'),
+    "audio": ((), NO_AUDIO),
+    "web_search_options": ((), "there is no web search: remove it"),
+    "reasoning_effort": ((), "it is not supported: remove it"),
+    "verbosity": (("medium",), "it is not supported: ask for it in the prompt"),
+    "echo": ((False,), "the prompt is not repeated: put it before the text yourself"),
+    "suffix": (("",), "inserting before a suffix is not supported: remove it"),
+}
+"""Features that do not exist here: the values that do not ask for them, and what to do instead."""
+
+UNSUPPORTED_IN_MESSAGES: Mapping[str, str] = {
+    "tool_calls": f"must be empty, since {NO_TOOLS}",
+    "tool_call_id": f"must be empty, since {NO_TOOLS}",
+    "function_call": f"must be empty, since {NO_TOOLS}",
+    "reasoning_content": f"must be empty, since {NO_REASONING}",
+    "reasoning": f"must be empty, since {NO_REASONING}",
+    "audio": f"must be empty, since {NO_AUDIO}",
+}
+"""Fields of messages as other servers write them: empty ones are accepted in every message history."""
+
+EMPTY: tuple[object, ...] = (None, "", [], {})
 Fields = TypeVar("Fields")
+Schema = TypeVar("Schema", bound="GenerationFields")
 Prompts: TypeAlias = list[str | list[int]]
+
+
+def parse_request(schema: type[Schema], body: bytes, defaults: Mapping[str, object]) -> Schema:
+    """Parses a JSON body and checks it.
+
+    Args:
+        defaults: fields that headers gave; those in the body win.
+
+    Raises:
+        InvalidRequest: the first fault, by the field's name.
+    """
+    try:
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON in UTF-8: {error}.") from error
+    if not isinstance(content, dict):
+        raise InvalidRequest(
+            f"The body must be a JSON object, but at line 1 column 1 a {type(content).__name__} begins."
+        )
+    try:
+        return schema.model_validate({**defaults, **supported_fields(content)})
+    except ValidationError as error:
+        raise invalid_request(error) from error
+
+
+def supported_fields(content: Mapping[str, object]) -> dict[str, object]:
+    """Returns the fields of a request that have an effect.
+
+    Raises:
+        InvalidRequest: one asks for a feature that does not exist here.
+    """
+    for name, (inactive, instead) in UNSUPPORTED.items():
+        value = content.get(name)
+        if value is not None and value not in inactive:
+            raise InvalidRequest(f"`{name}`: {instead}.", param=name)
+    return {name: value for name, value in content.items() if name not in IGNORED and name not in UNSUPPORTED}
 
 
 def _fault(message: str, field: str = "") -> PydanticCustomError:
@@ -58,7 +147,7 @@ def _stop(value: object) -> list[str] | None:
     if len(value) > MAX_STOP_STRINGS:
         raise _fault(f"may have {MAX_STOP_STRINGS} strings at most, and has {len(value)}")
     if not all(value):
-        raise _fault("must not hold an empty string: remove it")
+        raise _fault("must not contain an empty string: remove it")
     if max(map(len, value), default=0) > MAX_STOP_CHARS:
         raise _fault(f"may have strings of {MAX_STOP_CHARS} characters at most")
     return value
@@ -86,6 +175,12 @@ def _logit_bias(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
+def _messages(value: object) -> object:
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise _fault(f"may have {MAX_MESSAGES} messages at most, and has {len(value)}")
+    return value
+
+
 def _content(value: object) -> str:
     """A message's content: a string, or text parts, which are joined by newlines."""
     if isinstance(value, str):
@@ -107,7 +202,7 @@ def _part_text(number: int, part: object) -> str:
 
 
 class Strict(BaseModel):
-    """An object in a request: an unknown field is refused, the first one by name."""
+    """An object in a request: unknown fields are rejected, the first one by name."""
 
     model_config = ConfigDict(frozen=True, strict=True)
     known: ClassVar[frozenset[str]]
@@ -118,7 +213,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, value: Fields) -> Fields:
+    def _reject_unknown(cls, value: Fields) -> Fields:
         if isinstance(value, dict):
             unknown = next((name for name in value if name not in cls.known), None)
             if unknown is not None:
@@ -127,16 +222,26 @@ class Strict(BaseModel):
 
 
 class ChatMessage(Strict):
-    """One message; fields of an assistant's message that a client sends back are taken if they are null."""
+    """One message. Clients send back what other servers added to theirs: fields without a value are dropped."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_content)]
     name: str | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        if value.get("role") == "assistant" and value.get("content", "") is None:
+            value = {**value, "content": ""}
+        if value.keys() <= cls.known:
+            return value
+        kept = {name: item for name, item in value.items() if name in cls.known or item not in EMPTY}
+        unsupported = next((name for name in kept if name in UNSUPPORTED_IN_MESSAGES), None)
+        if unsupported is not None:
+            raise _fault(UNSUPPORTED_IN_MESSAGES[unsupported], unsupported)
+        return kept
 
 
 class StreamOptions(Strict):
@@ -189,13 +294,13 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), BeforeValidator(_messages)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise _fault("needs `logprobs`: set that to true, or remove it", "top_logprobs")
         return self

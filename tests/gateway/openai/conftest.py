@@ -10,8 +10,10 @@ import uvicorn
 from openai import AsyncOpenAI
 
 from services.gateway.api import ApiContext
+from services.gateway.openai.app import http_server_config
+from services.gateway.openai.idempotency import IdempotencyIndex, idempotent_answers
 from services.gateway.telemetry import GatewayMetrics
-from services.gateway.openai.app import create_app
+from shared.settings import GatewaySettings
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.fake_core import FakeCore
 from tests.harness import eventually
@@ -21,23 +23,16 @@ MODEL = "demo"
 
 
 @asynccontextmanager
-async def serving(api: ApiContext) -> AsyncIterator[int]:
-    """The API on a real server; gives its port."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(api),
-            port=0,
-            log_level="critical",
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=1,
-        )
-    )
-    task = asyncio.create_task(server.serve())
-    await eventually(lambda: server.started)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    await task
+async def serving(api: ApiContext, index: IdempotencyIndex | None = None, **settings: object) -> AsyncIterator[int]:
+    """The API on the gateway's own server; gives its port."""
+    values = {"http_port": 0, "drain_timeout_s": 1.0, **settings}
+    async with idempotent_answers(300.0, index) as answers:
+        server = uvicorn.Server(http_server_config(api, GatewaySettings(**values), answers))  # type: ignore[arg-type]
+        task = asyncio.create_task(server.serve())
+        await eventually(lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()[1]
+        server.should_exit = True
+        await task
 
 
 @pytest.fixture(scope="session")

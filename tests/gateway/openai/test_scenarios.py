@@ -42,7 +42,9 @@ async def test_the_core_is_told_and_the_body_wins(
 ) -> None:
     response = await http.post(path, json={**BODIES[path], **fields, "n": 2}, headers=headers)
     assert response.status_code == 200, response.text
-    assert [(call.scenario, call.priority) for call in core.calls] == [(scenario, priority)] * 2
+    assert [(call.request.scenario, call.request.is_batch) for call in core.calls] == [
+        (scenario, priority == "batch")
+    ] * 2
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -62,7 +64,7 @@ async def test_the_core_is_told_and_the_body_wins(
         ({"X-Scenario": "chat"}, {"scenario": "a b"}, "scenario", "but it is 'a b'"),
     ],
 )
-async def test_a_bad_one_is_refused_by_name(
+async def test_a_bad_one_is_rejected_by_name(
     http: httpx.AsyncClient,
     core: FakeCore,
     path: str,

@@ -105,7 +105,7 @@ async def client(port: int) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def refusal(client: httpx.AsyncClient, path: str, body: object) -> dict[str, str]:
+async def rejection(client: httpx.AsyncClient, path: str, body: object) -> dict[str, str]:
     response = await client.post(path, json=body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
@@ -122,7 +122,7 @@ async def test_bad_completions(
 ) -> None:
     if "stream_options" in change and stream:
         return
-    error = await refusal(http, "/v1/completions", {"model": MODEL, "prompt": "Hi", "stream": stream, **change})
+    error = await rejection(http, "/v1/completions", {"model": MODEL, "prompt": "Hi", "stream": stream, **change})
     assert error["param"] == param
     assert says in error["message"]
     assert core.calls == []
@@ -133,7 +133,7 @@ async def test_bad_chats(
     http: httpx.AsyncClient, core: FakeCore, change: dict[str, object], param: str, says: str
 ) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    error = await refusal(http, "/v1/chat/completions", {"model": MODEL, "messages": messages, **change})
+    error = await rejection(http, "/v1/chat/completions", {"model": MODEL, "messages": messages, **change})
     assert error["param"] == param
     assert says in error["message"]
     assert core.calls == []
@@ -158,7 +158,7 @@ async def test_bodies_that_are_no_json_object(http: httpx.AsyncClient, body: byt
     assert says in response.json()["error"]["message"]
 
 
-async def test_a_large_bad_body_is_refused_fast(http: httpx.AsyncClient) -> None:
+async def test_a_large_bad_body_is_rejected_fast(http: httpx.AsyncClient) -> None:
     unknown = {f"field{number}": 1 for number in range(300_000)}
     for body in [{"messages": [1] * 1_000_000}, unknown, {"messages": [unknown]}, {"metadata": unknown, "messages": 1}]:
         response = await http.post("/v1/chat/completions", json={"model": MODEL, **body}, timeout=2)
@@ -176,7 +176,7 @@ async def test_a_context_that_is_too_small_has_its_own_code(client: AsyncOpenAI,
     assert caught.value.code == "context_length_exceeded"
 
 
-async def test_the_default_of_max_tokens_is_no_reason_to_refuse(client: AsyncOpenAI, core: FakeCore) -> None:
+async def test_the_default_of_max_tokens_is_no_reason_to_reject(client: AsyncOpenAI, core: FakeCore) -> None:
     core.context = 10
     await client.completions.create(model=MODEL, prompt=[7] * 8)
     assert core.calls[0].sampling.max_tokens == 2

@@ -50,7 +50,7 @@ async def test_a_key_is_asked_for_and_compared(locked: int) -> None:
             assert (await http.get(path)).status_code == 200
 
 
-async def test_a_body_that_is_too_large_is_refused(http: httpx.AsyncClient, core: FakeCore) -> None:
+async def test_a_body_that_is_too_large_is_rejected(http: httpx.AsyncClient, core: FakeCore) -> None:
     body = json.dumps({**CHAT, "user": "x" * 10_000_000}).encode()
     response = await http.post("/v1/chat/completions", content=body)
     assert response.status_code == 413
@@ -141,7 +141,7 @@ async def test_a_client_that_goes_cancels_its_request(
 
 
 async def test_a_request_has_a_deadline(api: ApiContext, core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.gateway.openai.endpoint.GRACE_S", 0.05)
+    monkeypatch.setattr("services.gateway.openai.handler.GRACE_S", 0.05)
     core.script = lambda call: [asyncio.Event()]
     async with (
         serving(replace(api, request_timeout_s=0.05)) as port,
