@@ -38,10 +38,14 @@ def test_every_key_stands_in_the_architecture() -> None:
     for key in (
         keys.INSTANCES,
         keys.GATEWAYS,
+        keys.GATEWAYS_WITH_OPEN,
         keys.MAPS,
+        keys.MAP_VERSIONS,
         keys.LEADER,
         keys.TERM,
         keys.instance("<id>"),
+        keys.heartbeat("<id>"),
         keys.gateway("<id>"),
+        keys.open_answers("<id>"),
     ):
         assert f"`{key}`" in page, key

@@ -19,7 +19,7 @@ class Cluster:
     """What has been read last. What was known stays while Redis is away."""
 
     late_after_s: float
-    view: View = field(init=False)
+    view: View[InstanceRecord] = field(init=False)
     gateways: list[GatewayRecord] = field(default_factory=list)
     maps: dict[str, GroupMap] = field(default_factory=dict)
     present: set[str] = field(default_factory=set)

@@ -114,8 +114,9 @@ class Maps:
             self._cluster.maps.pop(name, None)
 
     async def restore(self) -> None:
-        """Writes maps again that Redis has lost."""
-        written = {one.name for one in await self._registry.maps()}
+        """Writes maps again that Redis has lost, or that somebody else has changed."""
+        versions = await self._registry.map_versions()
+        written = {one.name for one in await self._registry.maps() if versions.get(one.name) == one.version}
         async with self._writing:
             for name, known in list(self._cluster.maps.items()):
                 if name not in written:

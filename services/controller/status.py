@@ -7,7 +7,7 @@ from services.controller.brain import Brain
 from services.controller.cluster import Cluster
 from shared import __version__
 from shared.messages.control import GroupStatus, InstanceStatus, Status
-from shared.messages.records import GroupMap
+from shared.messages.records import GroupMap, InstanceRecord
 from shared.registry.view import View
 
 
@@ -28,7 +28,7 @@ def status(controller_id: str, cluster: Cluster, brain: Brain, upgrade: str | No
     )
 
 
-def instances_of(view: View) -> list[InstanceStatus]:
+def instances_of(view: View[InstanceRecord]) -> list[InstanceStatus]:
     """A view's instances, by group, prefill first, spares last, each with the age of its heartbeat."""
     ordered = sorted(
         view.seen.values(),

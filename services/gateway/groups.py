@@ -1,228 +1,340 @@
-"""The groups as this gateway knows them: maps and members, read again and again, kept when Redis is away.
+"""The groups as this gateway knows them: maps, records and heartbeats, read again and again, kept when Redis is away.
 
-A gateway sends requests to an instance that is in a group's map, under the epoch of its record, ready and alive.
+A gateway sends requests to an instance that is in a group's map, under the epoch of its record, ready and alive. Which
+instances those are is worked out when a record or a map changes or a heartbeat is late, not for each request.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
-from services.gateway.prefix_affinity import Affinity
-from services.gateway.costs import Costs
-from services.gateway.line import Line
-from services.gateway.scenarios import Scenarios
-from services.gateway.traffic import Counts
-from shared.bus.connection import Bus, Incoming
-from shared.errors import RegistryUnavailable, RequestError
-from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role, Traffic
+from services.gateway.prefix_affinity import PrefixAffinity
+from services.gateway.scenario_labels import ScenarioLabels
+from services.gateway.telemetry import TrafficCounts
+from shared.bus.connection import Incoming
+from shared.errors import RegistryUnavailable
+from shared.groups import DEFAULT, declared_name
+from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role
+from shared.registry.heartbeats import Heartbeat
 from shared.registry.registry import Registry
 from shared.registry.view import View
 from shared.settings import GatewaySettings
 
 READ_EVERY_S = 0.2
-DEFAULT = "default"
+MIN_READ_INTERVAL_S = 0.02
+"""However often changes are announced."""
 
 log = logging.getLogger(__name__)
 
 
 class Group:
-    """One group: who can be asked, and who waits for them."""
+    """One group: its map, the instances that can be asked, and what this gateway knows about its requests.
 
-    def __init__(
-        self,
-        group_map: GroupMap,
-        bus: Bus,
-        alive: Callable[[], Mapping[str, InstanceRecord]],
-        num_open: Callable[[], Mapping[str, int]],
-        settings: GatewaySettings,
-    ) -> None:
+    Attributes:
+        version: grows whenever the map or the ready instances change.
+        on_change: called after each such change.
+    """
+
+    def __init__(self, group_map: GroupMap) -> None:
         self.map = group_map
-        self._alive = alive
-        self._model = settings.served_model_name
-        self.counts = Counts()
-        self.costs = Costs()
-        self.affinity = Affinity()
-        self.prefill_line = Line(bus, "prefill", self.ready, num_open, settings)
-        self.decode_line = Line(bus, "decode", self.ready, num_open, settings)
+        self.version = 0
+        self.on_change: list[Callable[[], None]] = []
+        self.counts = TrafficCounts()
+        self.affinity = PrefixAffinity()
+        self._ready: dict[Role, tuple[InstanceRecord, ...]] = dict.fromkeys(ROLES, ())
+        self._by_id: dict[str, InstanceRecord] = {}
+        self._fingerprints: dict[Role, frozenset[str]] = {role: frozenset() for role in ROLES}
 
     @property
     def name(self) -> str:
         return self.map.name
 
-    def ready(self, role: Role) -> list[InstanceRecord]:
-        """The instances of a role that can be asked."""
-        alive = self._alive()
-        found = [(member, alive.get(member.instance_id)) for member in self.map.of(role)]
-        return [
-            record
-            for member, record in found
-            if record is not None
-            and (record.epoch, record.role, record.state) == (member.epoch, role, "ready")
-            and record.model == self._model
-        ]
+    def ready(self, role: Role) -> tuple[InstanceRecord, ...]:
+        """Returns the instances of a role that can be asked. Their load is as of their last change of state."""
+        return self._ready[role]
+
+    def find(self, instance_id: str) -> InstanceRecord | None:
+        """Returns an instance of either role that can be asked."""
+        return self._by_id.get(instance_id)
 
     def serves(self, fingerprint: str | None = None) -> bool:
-        """Whether each role has an instance, of these weights if any are asked for."""
-        return all(any(fingerprint in (None, one.fingerprint) for one in self.ready(role)) for role in ROLES)
+        """Returns whether each role has an instance, with these weights if any are given."""
+        if fingerprint is None:
+            return all(self._ready[role] for role in ROLES)
+        return all(fingerprint in self._fingerprints[role] for role in ROLES)
 
-    def line(self, role: Role) -> Line:
-        return self.prefill_line if role == "prefill" else self.decode_line
+    def update(self, group_map: GroupMap, usable: Mapping[str, InstanceRecord]) -> None:
+        """Takes the current map, and the records of all live instances of the served model."""
+        ready = {role: tuple(_ready_members(group_map, role, usable)) for role in ROLES}
+        if group_map == self.map and ready == self._ready:
+            return
+        self.map, self._ready = group_map, ready
+        self._by_id = {record.id: record for role in ROLES for record in ready[role]}
+        self._fingerprints = {role: frozenset(record.fingerprint for record in ready[role]) for role in ROLES}
+        self.version += 1
+        for notify in self.on_change:
+            notify()
 
-    def hint(self) -> None:
-        """Slots may be free."""
-        self.prefill_line.hint()
-        self.decode_line.hint()
 
-    def traffic(self) -> Traffic:
-        return self.counts.snapshot(self.prefill_line.num_waiting, self.decode_line.num_waiting)
+def _ready_members(group_map: GroupMap, role: Role, usable: Mapping[str, InstanceRecord]) -> Iterable[InstanceRecord]:
+    for member in group_map.of(role):
+        record = usable.get(member.instance_id)
+        if record is not None and (record.epoch, record.role, record.state) == (member.epoch, role, "ready"):
+            yield record
+
+
+@dataclass(slots=True)
+class _Lost:
+    """An instance that was found dead before its heartbeat was late, and its heartbeat at that time."""
+
+    heartbeat: Heartbeat
+    answers: bool = False
+
+    def is_back(self, now: Heartbeat) -> bool:
+        has_changed = now.identity != self.heartbeat.identity
+        return now.heartbeat != self.heartbeat.heartbeat and (self.answers or has_changed)
 
 
 class Groups:
-    """Watches all groups. `on_lost` hears the id of each instance whose heartbeat has become late.
+    """Watches the groups of this gateway, the default group among them even before it has a map.
 
     Args:
-        num_open: this gateway's open streams by instance: those instances are watched, in a map or not.
+        watched: ids of instances that serve open requests: they are watched, in a map or not.
+        on_lost: called with the id of each instance whose heartbeat has become late.
     """
 
     def __init__(
         self,
         settings: GatewaySettings,
         registry: Registry,
-        bus: Bus,
-        num_open: Callable[[], Mapping[str, int]],
+        watched: Callable[[], Collection[str]],
         on_lost: Callable[[str], None],
     ) -> None:
-        self._settings = settings
+        self._model = settings.served_model_name
+        self._own_names = settings.watched_group_names
         self._registry = registry
-        self._bus = bus
-        self._num_open = num_open
+        self._watched = watched
         self._on_lost = on_lost
-        self._groups: dict[str, Group] = {}
-        self._view = View(settings.heartbeat_late_s, {})
-        self._alive: dict[str, InstanceRecord] = {}
+        self._maps: dict[str, GroupMap] = {}
+        """As read last. A group takes its map when it is updated."""
+        self._versions: dict[str, int] = {}
+        """The versions under which these maps were announced in Redis."""
+        self._view: View[Heartbeat] = View(settings.heartbeat_late_s, {})
+        self._alive: dict[str, Heartbeat] = {}
+        self._records: dict[str, InstanceRecord] = {}
+        self._lost: dict[str, _Lost] = {}
         self._away = False
         self._read_now = asyncio.Event()
-        self.scenarios = Scenarios()
-        self._default = self._make(GroupMap(name=DEFAULT, scenario=DEFAULT, version=0, term=0))
+        self.scenario_labels = ScenarioLabels()
+        self._groups: dict[str, Group] = {}
+        self._by_scenario: dict[str, list[Group]] = {}
+        self._ready: dict[Role, tuple[InstanceRecord, ...]] = dict.fromkeys(ROLES, ())
+        self._max_model_len: int | None = None
+        self._default = self._add(GroupMap(name=DEFAULT, scenario=DEFAULT, version=0, term=0))
+        self._index()
 
     def of(self, scenario: str | None, fingerprint: str | None = None) -> Group:
-        """The group for a scenario: of those that serve it the one with the fewest requests for each instance, or
-        else the default one. Where nobody can serve it now, it waits for its own.
+        """Returns the group for a scenario: of those that can serve it the one with the fewest open requests for each
+        instance, or else the default group. If none can serve it now, its own group.
 
         Args:
-            fingerprint: the weights that a request has begun with.
+            fingerprint: the weights that a request has started on.
         """
-        groups = self._groups.values()
         for wanted in (scenario, DEFAULT):
-            able = [one for one in groups if one.map.scenario == wanted and one.serves(fingerprint)]
+            able = [one for one in self._by_scenario.get(wanted or DEFAULT, ()) if one.serves(fingerprint)]
             if able:
-                return min(able, key=_crowd)
-        return min((one for one in groups if one.map.scenario == scenario), key=_crowd, default=self._default)
+                return min(able, key=_load)
+        return min(self._by_scenario.get(scenario or DEFAULT, ()), key=_load, default=self._default)
+
+    def is_served_elsewhere(self, scenario: str | None, fingerprint: str | None, group: Group) -> bool:
+        """Returns whether another group than `group` can serve such a request now."""
+        if group.serves(fingerprint):
+            return False
+        other = self.of(scenario, fingerprint)
+        return other is not group and other.serves(fingerprint)
 
     @property
     def finds_scenarios(self) -> bool:
         """Whether requests that name no scenario are to be labelled."""
         return self._default.map.finds_scenarios
 
+    @property
+    def lost(self) -> Collection[str]:
+        """The ids of instances that were marked as lost and are not back yet."""
+        return self._lost.keys()
+
     def named(self, name: str) -> Group | None:
         return self._groups.get(name)
 
-    def all(self) -> Iterable[Group]:
+    def all(self) -> Collection[Group]:
         return self._groups.values()
 
-    def max_model_len(self) -> int | None:
-        """The longest request that every live member can take; None while there is none."""
-        members = {member.instance_id for group in self._groups.values() for member in group.map.members}
-        model = self._settings.served_model_name
-        alive = (record for record in self._alive.values() if record.id in members and record.model == model)
-        return min((record.max_model_len for record in alive), default=None)
+    def ready(self, role: Role) -> tuple[InstanceRecord, ...]:
+        """Returns the instances of a role that can be asked, in all groups."""
+        return self._ready[role]
 
-    def ready(self, role: Role) -> list[InstanceRecord]:
-        """The instances of a role in all groups."""
-        return [record for group in self._groups.values() for record in group.ready(role)]
+    def heartbeat(self, instance_id: str) -> Heartbeat | None:
+        """Returns the last heartbeat of a live instance, with its load at that time."""
+        return self._alive.get(instance_id)
+
+    def max_model_len(self) -> int | None:
+        """Returns the length of the longest request that every live member can take; None while there is none."""
+        return self._max_model_len
+
+    def mark_lost(self, instance_id: str) -> None:
+        """Stops asking an instance that was found dead, until its heartbeat moves and it answers or has changed."""
+        heartbeat = self._alive.get(instance_id)
+        if heartbeat is not None and instance_id not in self._lost:
+            self._lost[instance_id] = _Lost(heartbeat)
+            self._refresh()
+
+    def mark_alive(self, instance_id: str) -> None:
+        """Notes that an instance which was marked as lost has answered."""
+        lost = self._lost.get(instance_id)
+        if lost is not None:
+            lost.answers = True
+            if self._forgive():
+                self._refresh()
 
     async def watch(self) -> None:
-        """Reads for ever: often, and at once when a map is announced."""
+        """Reads forever: often, and at once when a change is announced."""
         while True:
             self._read_now.clear()
             await self.read()
+            await asyncio.sleep(MIN_READ_INTERVAL_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(READ_EVERY_S):
                     await self._read_now.wait()
 
-    async def on_map(self, incoming: Incoming) -> None:
-        """A map is announced."""
-        try:
-            self._take(incoming.parse(GroupMap))
-        except RequestError as error:
-            log.error("cannot read a map: %s", error.message)
-            return
-        self._read_now.set()
-
     async def on_changed(self, incoming: Incoming) -> None:
+        """Takes the announcement that Redis has something new. What it is, only Redis says."""
         self._read_now.set()
 
     async def read(self) -> None:
-        """Reads once; a registry that is away leaves everything as it was."""
+        """Reads once. Everything stays as it was if Redis is away."""
         try:
-            maps = await self._registry.maps()
-            members = {member.instance_id for one in maps for member in one.members}
-            for known in self._groups.values():
-                members |= {member.instance_id for member in known.map.members}
-            # One that has left its map is not lost for that, and has a record for as long as it lives.
-            records = await self._registry.members(sorted(members | self._alive.keys() | self._num_open().keys()))
+            versions = await self._registry.map_versions()
+            new = [name for name, version in versions.items() if version != self._versions.get(name)]
+            maps = await self._registry.maps([name for name in new if self._is_own(name)])
+            heartbeats = await self._registry.heartbeats(sorted(self._needed(maps)))
+            changed = [one.id for one in heartbeats if not self._is_known(one)]
+            records = await self._registry.members(changed)
         except RegistryUnavailable as error:
             if not self._away:
-                log.warning("going on with the instances known so far: %s", error)
+                log.warning("continuing with the instances known so far: %s", error)
             self._away = True
             return
         if self._away:
             log.info("the registry is back")
         self._away = False
-        for one in maps:
-            self._take(one)
-        if maps:
-            self._drop({one.name for one in maps})
-        self._update(records)
+        has_new_maps = self._take_maps(versions, maps)
+        has_new_records = self._take_records(changed, records)
+        self._take_heartbeats(heartbeats, has_changed=has_new_maps or has_new_records)
 
-    def _update(self, records: list[InstanceRecord]) -> None:
+    def _is_own(self, name: str) -> bool:
+        return not self._own_names or name in self._own_names or declared_name(name) in self._own_names
+
+    def _is_known(self, heartbeat: Heartbeat) -> bool:
+        record = self._records.get(heartbeat.id)
+        return record is not None and (record.started_at, record.state_version) == heartbeat.identity
+
+    def _needed(self, new_maps: Iterable[GroupMap] = ()) -> set[str]:
+        """The instances to watch: members, those with open requests, and those whose caches are remembered."""
+        maps = [*self._maps.values(), *new_maps]
+        needed = {member.instance_id for one in maps for member in one.members} | set(self._watched())
+        others = self._view.seen.keys() - needed
+        return needed | {one for one in others if any(one in group.affinity for group in self._groups.values())}
+
+    def _take_maps(self, versions: Mapping[str, int], maps: Iterable[GroupMap]) -> bool:
+        """Takes new maps, and drops groups without one once they serve nothing. Returns whether anything changed.
+
+        Without a single version, Redis has lost everything: then the known maps stay.
+        """
+        gone = self._maps.keys() - versions.keys() - {DEFAULT} if versions else set()
+        gone = {name for name in gone if self._groups[name].counts.open == 0}
+        for name in gone:
+            del self._maps[name], self._groups[name]
+        self._versions = dict(versions) or self._versions
+        new = {one.name: one for one in maps}
+        self._maps.update(new)
+        for name in new.keys() - self._groups.keys():
+            self._add(new[name].model_copy(update={"members": (), "version": 0}))
+        if new or gone:
+            self._index()
+        return bool(new or gone)
+
+    def _take_records(self, changed: Iterable[str], records: Iterable[InstanceRecord]) -> bool:
+        """Takes the records of those that have changed. One that cannot be read any more is not used, either."""
+        found = {one.id: one for one in records}
+        has_new = False
+        for instance_id in changed:
+            before, now = self._records.pop(instance_id, None), found.get(instance_id)
+            if now is not None:
+                self._records[instance_id] = now
+            has_new = has_new or before is not now
+            if before is not None and now is not None and before.fingerprint != now.fingerprint:
+                self._forget_cache(instance_id)
+        return has_new
+
+    def _take_heartbeats(self, heartbeats: Collection[Heartbeat], *, has_changed: bool) -> None:
         before = self._alive
-        self._view = self._view.updated(records, time.monotonic())
+        self._view = self._view.updated(heartbeats, time.monotonic())
+        unneeded = self._view.seen.keys() - self._needed()
+        if unneeded:
+            self._view = self._view.without(unneeded)
         self._alive = self._view.alive()
-        if {one.id: one.state for one in before.values()} != {one.id: one.state for one in self._alive.values()}:
-            for group in self._groups.values():
-                group.hint()
-        for gone in before.keys() - self._alive.keys():
-            for group in self._groups.values():
-                group.affinity.forget(gone)
+        for instance_id in self._records.keys() - self._view.seen.keys():
+            del self._records[instance_id]
+        if self._forgive() or has_changed or before.keys() != self._alive.keys():
+            self._refresh()
+        for gone in before.keys() - self._alive.keys() - unneeded:
+            self._forget_cache(gone)
             if gone in self._view.seen:
                 log.warning("instance %s is lost: its heartbeat is late", gone)
                 self._on_lost(gone)
             else:
-                log.info("instance %s has ended, and given up what it held", gone)
+                log.info("instance %s has ended", gone)
 
-    def _take(self, new: GroupMap) -> None:
-        known = self._groups.get(new.name)
-        if known is None:
-            self._groups[new.name] = self._make(new)
-        elif new.version > known.map.version:
-            known.map = new
-            known.hint()
+    def _forgive(self) -> bool:
+        """Drops the marks of lost instances that are back or have vanished. Returns whether any was dropped."""
+        before = len(self._lost)
+        for instance_id, lost in list(self._lost.items()):
+            heartbeat = self._alive.get(instance_id)
+            if instance_id not in self._view.seen or (heartbeat is not None and lost.is_back(heartbeat)):
+                del self._lost[instance_id]
+        return len(self._lost) < before
 
-    def _make(self, group_map: GroupMap) -> Group:
-        if group_map.name == DEFAULT and group_map.version > 0:
-            self._default.map = group_map
-            return self._default
-        return Group(group_map, self._bus, lambda: self._alive, self._num_open, self._settings)
+    def _forget_cache(self, instance_id: str) -> None:
+        for group in self._groups.values():
+            group.affinity.forget(instance_id)
 
-    def _drop(self, names: set[str]) -> None:
-        """Forgets groups that are no more, once nothing of theirs is open."""
-        for name in [name for name in self._groups if name not in names]:
-            if self._groups[name].counts.open == 0:
-                del self._groups[name]
+    def _add(self, group_map: GroupMap) -> Group:
+        group = self._groups[group_map.name] = Group(group_map)
+        return group
+
+    def _index(self) -> None:
+        self._by_scenario = {}
+        for name, group in self._groups.items():
+            scenario = self._maps.get(name, group.map).scenario
+            self._by_scenario.setdefault(scenario, []).append(group)
+
+    def _refresh(self) -> None:
+        """Works out anew which instances can be asked."""
+        usable = {
+            name: record
+            for name, record in self._records.items()
+            if name in self._alive and name not in self._lost and record.model == self._model
+        }
+        members = {member.instance_id for one in self._maps.values() for member in one.members}
+        lengths = (record.max_model_len for name, record in usable.items() if name in members)
+        self._max_model_len = min(lengths, default=None)
+        for name, group in list(self._groups.items()):
+            group.update(self._maps.get(name, group.map), usable)
+        self._ready = {role: tuple(one for group in self.all() for one in group.ready(role)) for role in ROLES}
 
 
-def _crowd(group: Group) -> float:
+def _load(group: Group) -> float:
     return group.counts.open / max(1, len(group.map.members))

@@ -19,7 +19,7 @@ EngineKind = Literal["torch", "mock"]
 class Record(BaseModel):
     """`heartbeat` grows with every renewal. Readers compare it with the last value they read, on their own clock."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     id: str
     pid: int
@@ -35,7 +35,7 @@ class Work(BaseModel):
     Sums over decode steps (those without prefill) let a reader fit seconds = base + per_row * rows.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     prefill_tokens: int = 0
     prefill_pairs: int = 0
@@ -58,7 +58,7 @@ class Work(BaseModel):
 class Admissions(BaseModel):
     """Requests that an instance has accepted and rejected since its role began."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     num_accepted: int = 0
     num_rejected: int = 0
@@ -124,7 +124,7 @@ class InstanceRecord(Record):
 class Traffic(BaseModel):
     """One group's requests in one gateway: the current number, and sums since the gateway started."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     open: int = 0
     """Requests that have arrived and not ended, including waiting ones."""
@@ -148,7 +148,7 @@ class Traffic(BaseModel):
 class LabelTraffic(BaseModel):
     """Finished requests that named no scenario and were given this label, summed since the gateway started."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     num_done: int = 0
     prompt_tokens: int = 0
@@ -175,7 +175,7 @@ class GatewayRecord(Record):
 class Member(BaseModel):
     """An instance's entry in its group's map."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     instance_id: str
     role: Role
@@ -191,7 +191,7 @@ class GroupMap(BaseModel):
     Objectives are in seconds; None means no objective.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     v: Literal[1] = 1
     name: str

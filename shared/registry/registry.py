@@ -1,14 +1,14 @@
-"""Reading and writing the registry. Holds the Redis connection; what the records mean is `view.py`'s."""
+"""Reading and writing the registry. Owns the Redis connection; `view.py` judges heartbeats, `values.py` values."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError
@@ -16,38 +16,15 @@ from redis.exceptions import RedisError
 from shared.addresses import shown
 from shared.errors import RegistryUnavailable
 from shared.messages.records import GatewayRecord, GroupMap, InstanceRecord
-from shared.registry import keys
+from shared.registry import keys, scripts
+from shared.registry.heartbeats import Heartbeat, parse_heartbeat
+from shared.registry.values import MAX_TERM_AHEAD_MS, Unusable, checked_id, checked_map, checked_version
 
 COMMAND_TIMEOUT_S = 2.0
 RETRY_S = 0.2
 
-AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+AnyRecord = TypeVar("AnyRecord", InstanceRecord, GatewayRecord, Heartbeat)
 log = logging.getLogger(__name__)
-
-
-_LEAD = """
-local held = redis.call('GET', KEYS[1])
-local mine = ARGV[1] .. '|'
-if held and string.sub(held, 1, #mine) ~= mine then return false end
-local term = held and tonumber(string.sub(held, #mine + 1))
-if not term then
-    term = math.max(tonumber(ARGV[2]), tonumber(redis.call('GET', KEYS[2]) or 0) + 1)
-    redis.call('SET', KEYS[2], string.format('%.0f', term))
-end
-redis.call('SET', KEYS[1], mine .. string.format('%.0f', term), 'PX', ARGV[3])
-return string.format('%.0f', term)
-"""
-_RESIGN = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-_WRITE_MAP = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[2], ARGV[2], ARGV[3])
-return 1
-"""
-_REMOVE_MAP = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('HDEL', KEYS[2], ARGV[2])
-return 1
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,118 +44,176 @@ class Registry:
 
     def __init__(self, redis: Redis, ttl_s: float) -> None:
         self._redis = redis
-        self._ttl_ms = int(ttl_s * 1000)
+        self.ttl_ms = int(ttl_s * 1000)
+        self._unusable = Unusable()
 
     async def ping(self) -> None:
-        await self._run(lambda pipe: pipe.ping())
+        await self.run(lambda pipe: pipe.ping())
 
     async def write_instance(self, record: InstanceRecord) -> None:
-        """Writes or renews an instance's record."""
+        """Writes or renews an instance's record and its heartbeat.
+
+        The record goes first: who sees a heartbeat's `state_version` can read the record that belongs to it.
+        """
 
         def write(pipe: Pipeline) -> None:
-            pipe.set(keys.instance(record.id), record.model_dump_json(), px=self._ttl_ms)
+            pipe.set(keys.instance(record.id), record.model_dump_json(), px=self.ttl_ms)
+            pipe.set(keys.heartbeat(record.id), Heartbeat.of(record).to_json(), px=self.ttl_ms)
             self._join(pipe, keys.INSTANCES, record.id)
 
-        await self._run(write)
+        await self.run(write)
 
     async def write_gateway(self, record: GatewayRecord) -> None:
         """Writes or renews a gateway's record."""
 
         def write(pipe: Pipeline) -> None:
-            pipe.set(keys.gateway(record.id), record.model_dump_json(), px=self._ttl_ms)
+            pipe.set(keys.gateway(record.id), record.model_dump_json(), px=self.ttl_ms)
             self._join(pipe, keys.GATEWAYS, record.id)
 
-        await self._run(write)
+        await self.run(write)
 
     async def remove_instance(self, record: InstanceRecord) -> None:
-        await self._remove(keys.instance(record.id), keys.INSTANCES, record.id)
+        await self._remove([keys.instance(record.id), keys.heartbeat(record.id)], keys.INSTANCES, record.id)
 
     async def remove_gateway(self, record: GatewayRecord) -> None:
-        await self._remove(keys.gateway(record.id), keys.GATEWAYS, record.id)
+        await self._remove([keys.gateway(record.id)], keys.GATEWAYS, record.id)
 
     async def instances(self) -> list[InstanceRecord]:
-        """The records of all instances, by id."""
-        return await self._records(InstanceRecord, keys.INSTANCES, keys.instance)
+        """Returns the records of all instances, by id."""
+        return await self._all(InstanceRecord.model_validate_json, keys.INSTANCES, keys.instance)
 
     async def members(self, instance_ids: Collection[str]) -> list[InstanceRecord]:
-        """The records of these instances, as far as they have one."""
-        if not instance_ids:
-            return []
-        [texts] = await self._run(lambda pipe: pipe.mget([keys.instance(one) for one in instance_ids]))
-        return [record for text in texts if text is not None and (record := _parse(InstanceRecord, text)) is not None]
+        """Returns the records of these instances, as far as they have one."""
+        return await self._read(InstanceRecord.model_validate_json, keys.instance, instance_ids)
+
+    async def heartbeats(self, instance_ids: Collection[str]) -> list[Heartbeat]:
+        """Returns the heartbeats of these instances, as far as they have one. Costs little even for hundreds."""
+        return await self._read(parse_heartbeat, keys.heartbeat, instance_ids)
 
     async def gateways(self) -> list[GatewayRecord]:
-        """The records of all gateways, by id."""
-        return await self._records(GatewayRecord, keys.GATEWAYS, keys.gateway)
+        """Returns the records of all gateways, by id."""
+        return await self._all(GatewayRecord.model_validate_json, keys.GATEWAYS, keys.gateway)
 
-    async def maps(self) -> list[GroupMap]:
-        """The maps of all groups, by name."""
-        [texts] = await self._run(lambda pipe: pipe.hgetall(keys.MAPS))
-        found = [_parse(GroupMap, texts[name]) for name in sorted(texts)]
-        return [one for one in found if one is not None]
+    async def maps(self, names: Collection[str] | None = None) -> list[GroupMap]:
+        """Returns the maps of these groups, or of all, by name."""
+        if names is None:
+            [texts] = await self.run(lambda pipe: pipe.hgetall(keys.MAPS))
+        elif names:
+            [found] = await self.run(lambda pipe: pipe.hmget(keys.MAPS, list(names)))
+            texts = {name: text for name, text in zip(names, found, strict=True) if text is not None}
+        else:
+            return []
+        parsed = [
+            self._unusable.parsed(f"the map of group {name}", partial(checked_map, name), texts[name])
+            for name in sorted(texts)
+        ]
+        return [one for one in parsed if one is not None]
+
+    async def map_versions(self) -> dict[str, int]:
+        """Returns the version of each group's map."""
+        [texts] = await self.run(lambda pipe: pipe.hgetall(keys.MAP_VERSIONS))
+        parsed = {
+            name: self._unusable.parsed(f"the map version of group {name}", checked_version, text)
+            for name, text in texts.items()
+        }
+        return {name: version for name, version in parsed.items() if version is not None}
 
     async def lead(self, controller_id: str, for_s: float) -> Lead | None:
         """Becomes the leader, or stays so, for `for_s` more seconds; None while another is.
 
-        Terms are Unix milliseconds of the takeover, and grow even where Redis has lost the last one.
+        Terms are Unix milliseconds of the takeover, and grow even where Redis has lost the last one. A last term that
+        no controller can have had does not count.
         """
-        term = int(time.time() * 1000)
-        arguments = (controller_id, term, int(for_s * 1000))
-        [text] = await self._run(lambda pipe: pipe.eval(_LEAD, 2, keys.LEADER, keys.TERM, *arguments))
+        now_ms = int(time.time() * 1000)
+        arguments = (controller_id, now_ms, int(for_s * 1000), now_ms + MAX_TERM_AHEAD_MS)
+        [text] = await self.run(lambda pipe: pipe.eval(scripts.LEAD, 2, keys.LEADER, keys.TERM, *arguments))
         return Lead(controller_id, int(text)) if text else None
 
     async def resign(self, lead: Lead) -> None:
         """Lets another lead at once."""
-        await self._run(lambda pipe: pipe.eval(_RESIGN, 1, keys.LEADER, lead.text))
+        await self.run(lambda pipe: pipe.eval(scripts.RESIGN, 1, keys.LEADER, lead.text))
 
     async def leader(self) -> str | None:
-        """The leading controller's id."""
-        [text] = await self._run(lambda pipe: pipe.get(keys.LEADER))
+        """Returns the leading controller's id."""
+        [text] = await self.run(lambda pipe: pipe.get(keys.LEADER))
         return str(text).rpartition("|")[0] if text else None
 
     async def write_map(self, lead: Lead, group: GroupMap) -> bool:
-        """Writes a group's map; False, and nothing is written, if `lead` is over."""
-        text = group.model_dump_json()
-        [done] = await self._run(
-            lambda pipe: pipe.eval(_WRITE_MAP, 2, keys.LEADER, keys.MAPS, lead.text, group.name, text)
+        """Writes a group's map and its version; False, and nothing is written, if `lead` has ended."""
+        arguments = (lead.text, group.name, group.model_dump_json(), group.version)
+        [done] = await self.run(
+            lambda pipe: pipe.eval(scripts.WRITE_MAP, 3, keys.LEADER, keys.MAPS, keys.MAP_VERSIONS, *arguments)
         )
         return bool(done)
 
     async def remove_map(self, lead: Lead, name: str) -> bool:
-        """Forgets a group; likewise."""
-        [done] = await self._run(lambda pipe: pipe.eval(_REMOVE_MAP, 2, keys.LEADER, keys.MAPS, lead.text, name))
+        """Removes a group's map and its version; False, and nothing is removed, if `lead` has ended."""
+        [done] = await self.run(
+            lambda pipe: pipe.eval(scripts.REMOVE_MAP, 3, keys.LEADER, keys.MAPS, keys.MAP_VERSIONS, lead.text, name)
+        )
         return bool(done)
 
-    def _join(self, pipe: Pipeline, key: str, member: str) -> None:
-        pipe.sadd(key, member)
-        pipe.pexpire(key, self._ttl_ms)
-
-    async def _remove(self, name: str, members: str, member: str) -> None:
-        def remove(pipe: Pipeline) -> None:
-            pipe.delete(name)
-            pipe.srem(members, member)
-
-        await self._run(remove)
-
-    async def _records(self, kind: type[AnyRecord], members: str, key_of: Callable[[str], str]) -> list[AnyRecord]:
-        """The records of a set's members. Members whose record has run out leave the set: no clock is compared."""
-        [names] = await self._run(lambda pipe: pipe.smembers(members))
-        if not names:
-            return []
-        ordered = sorted(names)
-        [texts] = await self._run(lambda pipe: pipe.mget([key_of(name) for name in ordered]))
-        gone = [name for name, text in zip(ordered, texts, strict=True) if text is None]
-        if gone:
-            await self._run(lambda pipe: pipe.srem(members, *gone))
-        return [record for text in texts if text is not None and (record := _parse(kind, text)) is not None]
-
-    async def _run(self, fill: Callable[[Pipeline], object]) -> list:  # type: ignore[type-arg]
+    async def run(self, fill: Callable[[Pipeline], object]) -> list:  # type: ignore[type-arg]
+        """Runs the commands that `fill` adds, in one round trip, and returns their results."""
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_S), self._redis.pipeline(transaction=False) as pipe:
                 fill(pipe)
                 return await pipe.execute()
         except (RedisError, OSError, TimeoutError) as error:
             raise RegistryUnavailable(f"Redis does not answer: {error!r}") from error
+
+    def _join(self, pipe: Pipeline, key: str, member: str) -> None:
+        pipe.sadd(key, member)
+        pipe.pexpire(key, self.ttl_ms)
+
+    async def _remove(self, names: list[str], members: str, member: str) -> None:
+        def remove(pipe: Pipeline) -> None:
+            pipe.delete(*names)
+            pipe.srem(members, member)
+
+        await self.run(remove)
+
+    async def _all(
+        self, parse: Callable[[str], AnyRecord], members: str, key_of: Callable[[str], str]
+    ) -> list[AnyRecord]:
+        """The records of a set's members, by id. Members whose record has expired leave the set."""
+        [names] = await self.run(lambda pipe: pipe.smembers(members))
+        ordered = sorted(names)
+        texts = await self._texts(key_of, ordered)
+        expired = [name for name, text in zip(ordered, texts, strict=True) if text is None]
+        if expired:
+            await self.run(lambda pipe: pipe.srem(members, *expired))
+        return self._parsed(parse, key_of, zip(ordered, texts, strict=True))
+
+    async def _read(
+        self, parse: Callable[[str], AnyRecord], key_of: Callable[[str], str], names: Collection[str]
+    ) -> list[AnyRecord]:
+        texts = await self._texts(key_of, names)
+        return self._parsed(parse, key_of, zip(names, texts, strict=True))
+
+    async def _texts(self, key_of: Callable[[str], str], names: Collection[str]) -> list[str | None]:
+        if not names:
+            return []
+        [texts] = await self.run(lambda pipe: pipe.mget([key_of(name) for name in names]))
+        return list(texts)
+
+    def _parsed(
+        self,
+        parse: Callable[[str], AnyRecord],
+        key_of: Callable[[str], str],
+        texts: Iterable[tuple[str, str | None]],
+    ) -> list[AnyRecord]:
+        def parse_own(name: str, text: str) -> AnyRecord:
+            record = parse(text)
+            checked_id(name, record.id)
+            return record
+
+        found = (
+            self._unusable.parsed(key_of(name), partial(parse_own, name), text)
+            for name, text in texts
+            if text is not None
+        )
+        return [record for record in found if record is not None]
 
 
 @asynccontextmanager
@@ -193,9 +228,10 @@ async def connect(url: str, *, ttl_s: float, timeout_s: float) -> AsyncIterator[
             url,
             max_connections=8,
             timeout=COMMAND_TIMEOUT_S,
-            # `_run` keeps the time: `wait_for`, which redis would use, swallows cancellations before Python 3.12.
+            # `run` keeps the time: `wait_for`, which redis would use, swallows cancellations before Python 3.12.
             socket_timeout=None,
             decode_responses=True,
+            encoding_errors="replace",  # what is not UTF-8 is not JSON either, and skipped as such
         )
     except ValueError as error:
         raise RegistryUnavailable(
@@ -222,11 +258,3 @@ async def _wait_for(registry: Registry, url: str, timeout_s: float) -> None:
                     f"no Redis answers at {shown(url)} ({error.__cause__}): start one there or set PDSERVE_REDIS_URL"
                 ) from error
             await asyncio.sleep(RETRY_S)
-
-
-def _parse(kind: type[AnyRecord], text: str) -> AnyRecord | None:
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        log.warning("passed over a record that this version cannot read: %s", error)
-        return None

@@ -1,7 +1,7 @@
-"""Groups as a gateway knows them, with maps and records in a real Valkey, and maps announced on a real NATS."""
+"""Groups as a gateway knows them, with maps and records in a real Valkey, and changes announced on a real NATS."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,12 +14,11 @@ from services.gateway import groups as groups_module
 from services.gateway.groups import Group, Groups
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
-from shared.messages.records import GroupMap, InstanceRecord
-from shared.messages.serving import Cancel
+from shared.messages.records import GroupMap, InstanceRecord, Member
+from shared.messages.serving import Cancel, Message
 from shared.registry import keys, registry
 from shared.registry.registry import Lead, Registry
 from shared.settings import GatewaySettings
-from tests.gateway.scripted import member
 from tests.harness import eventually
 from tests.registry.test_view import record
 
@@ -40,10 +39,17 @@ class Watched:
     lost: list[str]
     num_open: dict[str, int] = field(default_factory=dict)
     now: float = 1000.0
+    written: dict[str, InstanceRecord] = field(default_factory=dict)
 
     async def write(self, *records: InstanceRecord) -> None:
+        """Writes records as instances do: `state_version` grows when anything but the heartbeat has changed."""
         for one in records:
-            await self.registry.write_instance(one)
+            before = self.written.get(one.id, one)
+            same = {"heartbeat": one.heartbeat, "state_version": before.state_version}
+            num_changes = one.model_copy(update=same) != before.model_copy(update=same)
+            written = one.model_copy(update={"state_version": before.state_version + num_changes})
+            self.written[one.id] = written
+            await self.registry.write_instance(written)
 
     async def map(self, name: str, *members: InstanceRecord, version: int = 1, scenario: str | None = None) -> None:
         """Writes a group's map to the registry, for the next reading to find."""
@@ -56,8 +62,9 @@ class Watched:
         await self.groups.read()
         return self.group(name)
 
-    async def announce(self, name: str, *members: InstanceRecord, version: int) -> None:
-        await self.bus.publish(subjects.map_of(name), map_of(name, members, version))
+    async def announce(self) -> None:
+        """Says that something has changed, as controllers and instances do."""
+        await self.bus.publish(subjects.CHANGED, Message())
 
     async def pass_time(self, *beating: InstanceRecord, seconds: float = 3.0) -> None:
         """Reads often for some seconds, in which only these hearts beat."""
@@ -71,6 +78,11 @@ class Watched:
         found = self.groups.named(name)
         assert found is not None
         return found
+
+
+def member(one: InstanceRecord) -> Member:
+    """An instance as a map contains it."""
+    return Member.model_validate({"instance_id": one.id, **one.model_dump(include=set(Member.model_fields))})
 
 
 def map_of(name: str, members: Sequence[InstanceRecord], version: int, scenario: str | None = None) -> GroupMap:
@@ -93,10 +105,9 @@ async def watching(
         lead = await records.lead("c", 60.0)
         assert lead is not None
         lost: list[str] = []
-        groups = Groups(settings, records, bus, lambda: one.num_open, lost.append)
+        groups = Groups(settings, records, lambda: one.num_open.keys(), lost.append)
         one = Watched(groups, bus, records, lead, lost)
         monkeypatch.setattr(groups_module, "time", SimpleNamespace(monotonic=lambda: one.now))
-        await bus.subscribe(subjects.map_of("*"), groups.on_map)
         await bus.subscribe(subjects.CHANGED, groups.on_changed)
         yield one
 
@@ -159,39 +170,40 @@ async def test_one_that_says_that_it_ends_is_not_lost(one: Watched) -> None:
     assert one.lost == []
 
 
-async def test_a_newer_map_that_is_announced_is_taken_and_an_older_one_is_not(one: Watched) -> None:
+async def test_a_map_is_taken_as_redis_has_it_and_the_group_stays_the_same(one: Watched) -> None:
     await one.write(*BOTH, P2, D2)
     await one.map("chat", *BOTH, version=5)
     await one.groups.read()
-    await one.announce("chat", P2, D2, version=4)
-    await one.announce("chat", P2, D2, version=5)
-    await one.announce("later", version=1)
-    await eventually(lambda: one.groups.named("later"))
-    assert one.group("chat").map.version == 5
-    assert ids(one.group("chat")) == ["d1", "p1"]
     group = one.group("chat")
-    await one.announce("chat", P1, D2, version=6)
-    await eventually(lambda: group.map.version == 6)
+    assert ids(group) == ["d1", "p1"]
+    await one.map("chat", P1, D2, version=6)
+    await one.groups.read()
     assert one.group("chat") is group
-    await one.groups.read()  # where the registry has the older map still
+    assert group.map.version == 6
     assert ids(group) == ["d2", "p1"]
 
 
-async def test_what_is_no_map_is_passed_over(one: Watched, caplog: pytest.LogCaptureFixture) -> None:
-    await one.bus.publish(subjects.map_of("chat"), Cancel(request_ids=[]))
-    await one.announce("chat", *BOTH, version=1)
-    await eventually(lambda: one.groups.named("chat"))
-    assert "cannot read a map" in caplog.text
+async def test_a_map_on_the_bus_is_not_believed(one: Watched) -> None:
+    await one.serve("chat", *BOTH)
+    watch = asyncio.create_task(one.groups.watch())
+    for subject in (f"{subjects.PREFIX}.map.chat", subjects.CHANGED):
+        await one.bus.publish(subject, map_of("chat", (P2, D2), 99))
+    await one.map("later")
+    await one.announce()
+    await eventually(lambda: one.groups.named("later"))
+    assert one.group("chat").map.version == 1
+    assert ids(one.group("chat")) == ["d1", "p1"]
+    watch.cancel()
 
 
 async def test_what_is_announced_is_read_at_once(one: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(groups_module, "READ_EVERY_S", 1e6)
     await one.map("default")
     watch = asyncio.create_task(one.groups.watch())
-    await eventually(lambda: one.groups.named("default"))
+    await eventually(lambda: one.group("default").map.version)
     await one.write(*BOTH)
     await one.map("chat", *BOTH)
-    await one.announce("chat", *BOTH, version=1)
+    await one.announce()
     await eventually(lambda: one.groups.named("chat") and ids(one.group("chat")) == ["d1", "p1"])
     await one.write(P1.model_copy(update={"state": "draining"}))
     await one.bus.publish(subjects.CHANGED, Cancel(request_ids=[]))
@@ -300,14 +312,12 @@ async def test_a_registry_that_is_away_takes_nothing_away(
             one.now += 10.0
             await one.groups.read()
         assert ids(one.group("chat")) == ["d1", "p1"]
-        assert caplog.text.count("going on with the instances known so far") == 1
-        await one.announce("chat", P1, version=9)
-        await eventually(lambda: ids(one.group("chat")) == ["p1"])
+        assert caplog.text.count("continuing with the instances known so far") == 1
         servers.start_redis()
         await one.write(P1)
         one.now += 10.0
         await one.groups.read()
-        assert ids(one.group("chat")) == ["p1"]
+        assert ids(one.group("chat")) == ["d1", "p1"]
         assert one.lost == []
 
 
@@ -368,11 +378,230 @@ async def test_the_shortest_context_is_that_of_live_members_of_our_model(one: Wa
     assert one.groups.max_model_len() == 100
 
 
-async def test_records_that_cannot_be_read_are_passed_over(one: Watched, redis_url: str) -> None:
+async def test_records_that_cannot_be_read_are_skipped(
+    one: Watched, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     await one.serve("chat", *BOTH)
     with redis.Redis.from_url(redis_url) as client:
         client.set(keys.instance("p1"), "{}", px=5000)
         client.hset(keys.MAPS, "broken", "{}")
+        client.hset(keys.MAP_VERSIONS, "broken", "1")
     await one.pass_time(D1)
     assert one.lost == ["p1"]
     assert one.groups.named("broken") is None
+    assert caplog.text.count("the map of group broken in Redis") == 1, "once, though it is read again and again"
+
+
+@pytest.mark.parametrize("broken", ["", "{}", "null", '{"id": "p2"}', "\xff\xfe", "[" * 10_000])
+async def test_a_heartbeat_that_cannot_be_read_is_none(one: Watched, redis_url: str, broken: str) -> None:
+    await one.serve("chat", *BOTH)
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(keys.heartbeat("p1"), broken.encode("latin-1"), px=60_000)
+    await one.pass_time(D1)
+    assert one.lost == ["p1"]
+    assert ids(one.group("chat")) == ["d1"]
+
+
+async def test_a_changed_record_that_cannot_be_read_is_not_asked(one: Watched, redis_url: str) -> None:
+    await one.serve("chat", *BOTH)
+    await one.write(P1.model_copy(update={"blocks_total": 7}))
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(keys.instance("p1"), "{}", px=60_000)
+    await one.groups.read()
+    assert ids(one.group("chat")) == ["d1"]
+    await one.write(P1)
+    await one.groups.read()
+    assert ids(one.group("chat")) == ["d1", "p1"]
+
+
+@pytest.mark.parametrize("version", ["4611686018427387904", "-1", "nan", "1e3", "", "9" * 5000])
+async def test_a_forged_map_version_is_ignored(
+    one: Watched, redis_url: str, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    group = await one.serve("chat", *BOTH)
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(keys.MAP_VERSIONS, "chat", version)
+        client.hset(keys.MAPS, "chat", map_of("chat", (P2, D2), 2).model_dump_json())
+    await one.groups.read()
+    await one.groups.read()
+    assert one.group("chat") is group
+    assert ids(group) == ["d1", "p1"]
+    assert caplog.text.count("the map version of group chat in Redis") == 1
+    await one.map("chat", P1, version=3)
+    await one.groups.read()
+    assert ids(group) == ["p1"]
+
+
+@pytest.mark.parametrize("forged", [{"version": 2**62}, {"term": 2**62}, {"name": "other"}])
+async def test_a_forged_map_is_ignored_and_the_next_one_is_taken(
+    one: Watched, redis_url: str, forged: dict[str, object]
+) -> None:
+    await one.serve("chat", *BOTH)
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(keys.MAP_VERSIONS, "chat", "2")
+        client.hset(keys.MAPS, "chat", map_of("chat", (P2, D2), 2).model_copy(update=forged).model_dump_json())
+    await one.groups.read()
+    assert ids(one.group("chat")) == ["d1", "p1"]
+    assert one.groups.named("other") is None
+    await one.map("chat", P1, version=3)
+    await one.groups.read()
+    assert ids(one.group("chat")) == ["p1"]
+
+
+async def test_a_forged_map_is_believed_only_while_redis_has_it(one: Watched, redis_url: str) -> None:
+    """One that cannot be told from a real one does not keep later ones out by a higher version."""
+    await one.serve("chat", *BOTH)
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(keys.MAP_VERSIONS, "chat", "1000000")
+        client.hset(keys.MAPS, "chat", map_of("chat", (), 1000000).model_dump_json())
+    await one.groups.read()
+    assert ids(one.group("chat")) == []
+    await one.map("chat", *BOTH, version=2)
+    await one.groups.read()
+    assert ids(one.group("chat")) == ["d1", "p1"]
+
+
+async def test_a_round_without_changes_parses_no_record_and_no_map(
+    one: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefills = [record(f"p{number}") for number in range(200)]
+    decodes = [record(f"d{number}", role="decode") for number in range(100)]
+    group = await one.serve("chat", *prefills, *decodes)
+    assert len(group.ready("prefill")) == 200
+    parsed: list[str] = []
+    for kind in (InstanceRecord, GroupMap):
+        parse = kind.model_validate_json
+
+        def count(text: str, parse: Callable[[str], object] = parse, name: str = kind.__name__) -> object:
+            parsed.append(name)
+            return parse(text)
+
+        monkeypatch.setattr(kind, "model_validate_json", count)
+    ready, version = group.ready("prefill"), group.version
+    one.now += 0.5
+    await one.write(*(found.model_copy(update={"heartbeat": 2}) for found in (*prefills, *decodes)))
+    await one.groups.read()
+    assert parsed == []
+    assert group.ready("prefill") is ready
+    assert group.version == version
+    heartbeat = one.groups.heartbeat("p7")
+    assert heartbeat is not None
+    assert heartbeat.heartbeat == 2
+    await one.write(prefills[7].model_copy(update={"state": "changing"}))
+    await one.groups.read()
+    assert parsed == ["InstanceRecord"]
+    assert len(group.ready("prefill")) == 199
+
+
+async def test_listeners_hear_of_changes_and_of_nothing_else(one: Watched) -> None:
+    group = await one.serve("chat", *BOTH)
+    heard: list[int] = []
+    group.on_change.append(lambda: heard.append(len(group.ready("prefill"))))
+    await one.pass_time(*BOTH)
+    assert heard == []
+    await one.map("chat", *BOTH, P2, version=2)
+    await one.write(P2)
+    await one.groups.read()
+    assert heard == [2]
+    await one.pass_time(P1, D1)
+    assert heard == [2, 1]
+    await one.write(P1.model_copy(update={"state": "draining"}))
+    await one.groups.read()
+    assert heard == [2, 1, 0]
+    assert group.find("p1") is None
+    found = group.find("d1")
+    assert found is not None
+    assert found.role == "decode"
+
+
+async def test_a_gateway_reads_only_its_own_groups(
+    nats_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = GatewaySettings(model_name="m", watch_groups="chat, default")
+    async with watching(nats_url, redis_url, monkeypatch, settings) as one:
+        await one.serve("chat", *BOTH)
+        await one.serve("chat--2", P2, D2, scenario="chat")
+        others = (record("p3"), record("d3", role="decode"))
+        await one.write(*others)
+        await one.map("code", *others)
+        await one.map("default")
+        await one.groups.read()
+        assert sorted(group.name for group in one.groups.all()) == ["chat", "chat--2", "default"]
+        assert one.groups.heartbeat("p3") is None
+        assert one.groups.of("code").name == "default"
+        one.num_open = {"p3": 1}
+        await one.groups.read()
+        assert one.groups.heartbeat("p3") is not None
+
+
+async def test_an_instance_that_nothing_here_depends_on_is_not_watched_any_more(one: Watched) -> None:
+    await one.serve("chat", *BOTH)
+    await one.map("chat", D1, version=2)
+    await one.pass_time(P1, D1)
+    assert one.groups.heartbeat("p1") is None
+    assert one.lost == []
+
+
+async def test_one_that_was_found_dead_is_not_asked_until_it_answers_and_its_heart_beats(one: Watched) -> None:
+    await one.serve("chat", *BOTH)
+    heard: list[str] = []
+    one.group("chat").on_change.append(lambda: heard.extend(ids(one.group("chat"))))
+    one.groups.mark_lost("p1")
+    one.groups.mark_lost("nobody")
+    assert ids(one.group("chat")) == ["d1"] == heard
+    assert [found.id for found in one.groups.ready("prefill")] == []
+    await one.pass_time(*BOTH)
+    assert ids(one.group("chat")) == ["d1"], "that its heart beats is not enough: it may be cut off from NATS"
+    assert set(one.groups.lost) == {"p1"}
+    one.groups.mark_alive("p1")
+    assert ids(one.group("chat")) == ["d1", "p1"]
+    one.groups.mark_lost("p1")
+    one.groups.mark_alive("p1")
+    assert ids(one.group("chat")) == ["d1"], "its heart has not beaten since"
+    await one.pass_time(*BOTH, seconds=0.5)
+    assert ids(one.group("chat")) == ["d1", "p1"]
+    assert not one.groups.lost
+    assert one.lost == []
+
+
+@pytest.mark.parametrize("changes", [{"started_at": 7.0}, {"epoch": 2, "state": "changing"}])
+async def test_one_that_was_found_dead_is_asked_again_once_it_has_changed(
+    one: Watched, changes: dict[str, object]
+) -> None:
+    await one.serve("chat", *BOTH)
+    one.groups.mark_lost("p1")
+    await one.write(P1.model_copy(update={**changes, "heartbeat": 2}))
+    await one.groups.read()
+    assert not one.groups.lost
+
+
+async def test_what_was_marked_is_forgotten_with_the_instance(one: Watched) -> None:
+    await one.serve("chat", *BOTH)
+    one.groups.mark_lost("p1")
+    await one.pass_time(D1)
+    assert one.lost == ["p1"]
+    assert set(one.groups.lost) == {"p1"}
+    await one.map("chat", D1, version=2)
+    await one.registry.remove_instance(P1)
+    await one.pass_time(D1)
+    assert not one.groups.lost
+
+
+async def test_a_cache_is_forgotten_when_the_weights_change(one: Watched) -> None:
+    group = await one.serve("chat", *BOTH)
+    group.affinity.remember("p1", [7])
+    await one.write(P1.model_copy(update={"fingerprint": "new", "heartbeat": 2}))
+    await one.groups.read()
+    assert group.affinity.matched([7]) == {}
+
+
+async def test_whether_another_group_serves_a_request(one: Watched) -> None:
+    chat = await one.serve("chat", *BOTH)
+    default = await one.serve("default", P2, D2)
+    assert not one.groups.is_served_elsewhere("chat", None, chat)
+    await one.write(P1.model_copy(update={"state": "draining"}))
+    await one.groups.read()
+    assert one.groups.is_served_elsewhere("chat", None, chat)
+    assert one.groups.is_served_elsewhere("chat", "f", chat)
+    assert not one.groups.is_served_elsewhere("chat", "other weights", chat)
+    assert not one.groups.is_served_elsewhere("chat", None, default)

@@ -1,6 +1,7 @@
 """Records, maps and the leader's lease in a real Valkey, and what happens while it is away."""
 
 import asyncio
+import json
 import random
 import time
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from pdserve.servers import Servers
 from shared.errors import RegistryUnavailable
 from shared.messages.records import GatewayRecord, GroupMap, Member, Traffic
 from shared.registry import keys, registry
+from shared.registry.heartbeats import Heartbeat
 from shared.registry.registry import Lead, Registry
 from tests.harness import eventually
 from tests.registry.test_view import record
@@ -69,6 +71,74 @@ async def test_a_record_that_cannot_be_read_is_passed_over(redis_url: str) -> No
             client.set(keys.instance("a"), '{"id": "a"}', px=5000)
         assert [one.id for one in await records.instances()] == ["b"]
         assert [one.id for one in await records.members(["a", "b"])] == ["b"]
+
+
+async def test_a_heartbeat_is_written_and_removed_with_its_record(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        loaded = record("a", heartbeat=7, state_version=3, slots_total=8, slots_used=2, prefill_token_s=0.001)
+        await records.write_instance(loaded)
+        await records.write_instance(record("b"))
+        found = await records.heartbeats(["b", "nobody", "a"])
+        assert found == [Heartbeat.of(record("b")), Heartbeat.of(loaded)]
+        assert found[1].identity == (0.0, 3)
+        assert (found[1].slots_used, found[1].prefill_token_s) == (2, 0.001)
+        assert await records.heartbeats([]) == []
+        await records.remove_instance(loaded)
+        assert await records.heartbeats(["a"]) == []
+        with redis.Redis.from_url(redis_url) as client:
+            assert 0 < client.pttl(keys.heartbeat("b")) <= client.pttl(keys.instance("b")) <= 5000
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"7",
+        b"\xff\xfe\xfd",
+        b'{"id": "a"}',
+        {"id": "b"},
+        {"heartbeat": -1},
+        {"heartbeat": 2**80},
+        {"prefill_token_s": -1.0},
+        {"state": "dancing"},
+    ],
+)
+async def test_a_heartbeat_that_cannot_be_true_is_skipped(
+    redis_url: str, caplog: pytest.LogCaptureFixture, broken: bytes | dict[str, object]
+) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        for name in ("a", "b"):
+            await records.write_instance(record(name))
+        with redis.Redis.from_url(redis_url) as client:
+            valid = json.loads(client.get(keys.heartbeat("a")))
+            client.set(keys.heartbeat("a"), json.dumps(valid | broken) if isinstance(broken, dict) else broken, px=5000)
+        for _ in range(3):
+            assert [one.id for one in await records.heartbeats(["a", "b"])] == ["b"]
+        assert caplog.text.count("skipping pdserve:v1:heartbeat:a in Redis") == 1
+        await records.write_instance(record("a"))
+        assert [one.id for one in await records.heartbeats(["a", "b"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "1e999"])
+async def test_figures_that_are_not_finite_are_skipped(redis_url: str, figure: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        await records.write_instance(record("a"))
+        with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+            for key in (keys.heartbeat("a"), keys.instance("a")):
+                text = str(client.get(key)).replace('"prefill_token_s":0.0', f'"prefill_token_s":{figure}')
+                assert figure in text
+                client.set(key, text, px=5000)
+        assert await records.heartbeats(["a"]) == []
+        assert await records.members(["a"]) == []
+
+
+async def test_a_record_under_the_key_of_another_is_skipped(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        await records.write_instance(record("a"))
+        await records.write_instance(record("b"))
+        with redis.Redis.from_url(redis_url) as client:
+            client.set(keys.instance("a"), record("b", epoch=99).model_dump_json(), px=5000)
+        assert await records.instances() == await records.members(["a", "b"]) == [record("b")]
 
 
 async def test_it_is_there_again_after_a_restart(servers: Servers) -> None:
@@ -225,6 +295,63 @@ async def test_maps_are_written_by_the_leader_and_stay(redis_url: str) -> None:
         assert await records.maps() == [DEFAULT]
 
 
+async def test_versions_of_maps_are_written_and_removed_with_them(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        assert await records.map_versions() == {}
+        lead = await led_by(records, "one")
+        assert await records.write_map(lead, DEFAULT)
+        assert await records.write_map(lead, CHAT)
+        assert await records.map_versions() == {"chat": 4, "default": 1}
+        assert await records.maps(["chat", "nobody"]) == [CHAT]
+        assert await records.maps([]) == []
+        assert await records.write_map(lead, CHAT.model_copy(update={"version": 5}))
+        assert await records.remove_map(lead, "default")
+        assert await records.map_versions() == {"chat": 5}
+        await records.resign(lead)
+        assert not await records.write_map(lead, CHAT.model_copy(update={"version": 6}))
+        assert not await records.remove_map(lead, "chat")
+        assert await records.map_versions() == {"chat": 5}
+
+
+@pytest.mark.parametrize("forged", [{"version": 2**62}, {"version": -1}, {"term": 2**62}, {"name": "other"}])
+async def test_a_map_that_no_controller_wrote_is_skipped(
+    redis_url: str, caplog: pytest.LogCaptureFixture, forged: dict[str, object]
+) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        assert await records.write_map(await led_by(records, "one"), DEFAULT)
+        with redis.Redis.from_url(redis_url) as client:
+            client.hset(keys.MAPS, "chat", CHAT.model_copy(update=forged).model_dump_json())
+            client.hset(keys.MAP_VERSIONS, "chat", str(forged.get("version", 4)))
+        for _ in range(2):
+            assert await records.maps() == [DEFAULT]
+            assert await records.maps(["chat"]) == []
+        assert [one.levelname for one in caplog.records] == ["ERROR"]
+        assert ("chat" in await records.map_versions()) == ("version" not in forged)
+
+
+async def test_a_version_of_tomorrow_is_read_and_one_of_the_day_after_is_not(redis_url: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        now_ms = int(time.time() * 1000)
+        with redis.Redis.from_url(redis_url) as client:
+            client.hset(keys.MAP_VERSIONS, "soon", str(now_ms + 80_000_000))
+            client.hset(keys.MAP_VERSIONS, "late", str(now_ms + 90_000_000))
+        assert list(await records.map_versions()) == ["soon"]
+
+
+@pytest.mark.parametrize("forged", ["4611686018427387904", "nan", "inf", "-5", "many", ""])
+async def test_a_forged_term_does_not_count(redis_url: str, forged: str) -> None:
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
+        with redis.Redis.from_url(redis_url) as client:
+            client.set(keys.TERM, forged)
+            before_ms = int(time.time() * 1000)
+            lead = await led_by(records, "one")
+            assert before_ms <= lead.term <= int(time.time() * 1000)
+            client.set(keys.LEADER, f"one|{forged}", px=60_000)
+            again = await led_by(records, "one")
+            assert lead.term < again.term <= int(time.time() * 1000) + 1
+        assert await records.write_map(again, CHAT)
+
+
 async def test_a_map_that_cannot_be_read_is_passed_over(redis_url: str) -> None:
     async with registry.connect(redis_url, ttl_s=5.0, timeout_s=5.0) as records:
         assert await records.write_map(await led_by(records, "one"), CHAT)
@@ -265,6 +392,8 @@ async def test_nobody_leads_while_it_is_away(servers: Servers) -> None:
             records.write_map(lead, CHAT),
             records.remove_map(lead, "chat"),
             records.members(["a"]),
+            records.heartbeats(["a"]),
+            records.map_versions(),
         ):
             with pytest.raises(RegistryUnavailable):
                 await asked

@@ -1,6 +1,7 @@
 """Whose heart beats, by comparing readings; pure."""
 
 from shared.messages.records import InstanceRecord
+from shared.registry.heartbeats import Heartbeat
 from shared.registry.view import View
 
 
@@ -29,9 +30,9 @@ def record(name: str = "p1", heartbeat: int = 1, **changes: object) -> InstanceR
     return InstanceRecord.model_validate(values | changes)
 
 
-def view(*readings: tuple[float, list[InstanceRecord]], late_after_s: float = 2.0) -> View:
+def view(*readings: tuple[float, list[InstanceRecord]], late_after_s: float = 2.0) -> View[InstanceRecord]:
     """The view after readings at the given times."""
-    seen = View(late_after_s, {})
+    seen: View[InstanceRecord] = View(late_after_s, {})
     for now, records in readings:
         seen = seen.updated(records, now)
     return seen
@@ -75,8 +76,17 @@ def test_the_time_in_which_nothing_could_be_read_speaks_against_nobody() -> None
     assert not view((1.0, [record()]), (60.0, []), (61.0, []), (62.0, []), (62.5, [])).alive()
 
 
-def test_ready_are_those_of_a_role_that_take_requests() -> None:
-    records = [record("p1"), record("p2", state="draining"), record("d1", role="decode")]
-    seen = view((1.0, records))
-    assert [one.id for one in seen.ready("prefill")] == ["p1"]
-    assert [one.id for one in seen.ready("decode")] == ["d1"]
+def test_what_a_reader_has_no_use_for_is_dropped() -> None:
+    seen = view((1.0, [record("p1"), record("p2")])).without({"p1", "nobody"})
+    assert seen.alive().keys() == {"p2"}
+    assert seen.read_at == 1.0
+
+
+def test_heartbeats_are_judged_as_records_are() -> None:
+    beats = [Heartbeat.of(record(heartbeat=number)) for number in (1, 2, 2, 2)]
+    seen: View[Heartbeat] = View(1.5, {})
+    alive = []
+    for number, one in enumerate(beats):
+        seen = seen.updated([one], float(1 + number))
+        alive.append(list(seen.alive()))
+    assert alive == [["p1"], ["p1"], ["p1"], []]
