@@ -14,6 +14,9 @@ from pathlib import Path
 import nats
 from nats.aio.client import Client
 
+from shared.addresses import credentials
+from shared.bus.connection import inbox_prefix
+
 GENERATE = "pdserve.v1.generate"
 VOCABULARY = 4000
 """Token ids of prompts are below this."""
@@ -163,7 +166,15 @@ class LoadClient:
 @asynccontextmanager
 async def load_client(nats_url: str, seed: int = 0) -> AsyncIterator[LoadClient]:
     """A client of the system that serves on this bus."""
-    connection = await nats.connect(nats_url, max_reconnect_attempts=-1, reconnect_time_wait=0.2)  # type: ignore[arg-type]
+    address = credentials(nats_url)
+    connection = await nats.connect(
+        address.url,
+        user=address.user,
+        password=address.password,
+        inbox_prefix=inbox_prefix(address.user),
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=0.2,  # type: ignore[arg-type]
+    )
     try:
         yield LoadClient(connection, seed)
     finally:

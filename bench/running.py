@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdserve import runfile
+
 START_TIMEOUT_S = 300.0
 
 
@@ -23,6 +25,7 @@ class Running:
 
     url: str
     nats_url: str
+    """An operator's, who may also send requests."""
     folder: Path
     ready_s: float
 
@@ -37,8 +40,11 @@ def pdserve_up(*arguments: str) -> Iterator[Running]:
         started_at = time.perf_counter()
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            nats_url = _wait_until_ready(process)
-            yield Running(f"http://127.0.0.1:{port}", nats_url, Path(folder), time.perf_counter() - started_at)
+            _wait_until_ready(process)
+            ready_s = time.perf_counter() - started_at
+            run = runfile.read(Path(folder))
+            assert run is not None
+            yield Running(f"http://127.0.0.1:{port}", run.nats_url, Path(folder), ready_s)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
@@ -46,15 +52,13 @@ def pdserve_up(*arguments: str) -> Iterator[Running]:
             process.stdout.close()
 
 
-def _wait_until_ready(process: "subprocess.Popen[str]") -> str:
+def _wait_until_ready(process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
-    said, nats_url = [], ""
+    said = []
     for line in process.stdout:
         said.append(line)
-        if found := re.match(r"NATS at (\S+),", line):
-            nats_url = found[1]
         if line.startswith("ready in"):
-            return nats_url
+            return
     raise SystemExit(f"pdserve up did not come up:\n{''.join(said)}")
 
 

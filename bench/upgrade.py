@@ -38,7 +38,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "demo"
         shutil.copytree(DEMO_MODEL, model)
-        with pdserve_up("--prefill", "2", "--decode", "2", "--threads", "1", "--control", "off") as running:
+        with pdserve_up(
+            "--prefill", "2", "--decode", "2", "--threads", "1", "--control", "off", "--nats-open"
+        ) as running:
             other = _another_controller(running)
             try:
                 asyncio.run(_measure(running.nats_url, str(model), arguments.clients))

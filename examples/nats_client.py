@@ -1,19 +1,22 @@
 """A client of pdserve with nothing but a NATS connection.
 
-    .venv/bin/python examples/nats_client.py nats://127.0.0.1:4222 "What does os.path.join do?"
+    .venv/bin/python examples/nats_client.py "$(cat .pdserve/nats/client.url)" "What does os.path.join do?"
 
-`pdserve up` prints its NATS address at start: this one, unless something else has the port.
+`pdserve up` writes that file: a URL with user and password. A user may subscribe only to inboxes that begin with
+`_INBOX.<user>.`; a server without accounts needs neither user nor prefix.
 """
 
 import asyncio
 import json
 import sys
+from urllib.parse import urlsplit
 
 import nats
 
 
 async def main(url: str, question: str) -> None:
-    connection = await nats.connect(url, allow_reconnect=False)
+    user = urlsplit(url).username
+    connection = await nats.connect(url, inbox_prefix=f"_INBOX.{user}" if user else "_INBOX", allow_reconnect=False)
     inbox = connection.new_inbox()
     answers = await connection.subscribe(inbox)
     request = {"messages": [{"role": "user", "content": question}], "max_tokens": 200}

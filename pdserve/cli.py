@@ -67,6 +67,12 @@ def _add_up(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     up.add_argument("--threads", type=_count, help="torch threads of an instance (default: cores / instances)")
     up.add_argument("--nats", metavar="URL", help="a NATS server to use (default: PDSERVE_NATS_URL, or one of our own)")
     up.add_argument(
+        "--nats-open",
+        action="store_true",
+        default=None,
+        help="start our own NATS server without accounts: everybody may publish and subscribe everywhere",
+    )
+    up.add_argument(
         "--redis", metavar="URL", help="a Redis server to use (default: PDSERVE_REDIS_URL, or one of our own)"
     )
     up.set_defaults(run=_run_up)
@@ -156,6 +162,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
         instance | model | servers,
         controller | servers,
         arguments.max_instances,
+        _given(nats_open=arguments.nats_open),
     )
     return up(wishes, Path.cwd())
 

@@ -75,10 +75,13 @@ def watch(children: list[Child], servers: Servers, asked: Asked, starter: Starte
     started = {child.name: time.monotonic() for child in children}
     pause_s = dict.fromkeys(started, 0.0)
     due: dict[str, float] = {}
+    last_sentence = ""
     while not asked:
         now = time.monotonic()
-        for name in servers.restart_dead():
-            say(f"{name} died: started again")
+        for sentence in servers.restart_dead():
+            if sentence != last_sentence:
+                say(sentence)
+            last_sentence = sentence
         for child in starter.look():
             started[child.name], pause_s[child.name] = now, 0.0
         for child in children:

@@ -1,12 +1,17 @@
 """Where `pdserve up` says what it runs, so that other commands in the same folder find it: `.pdserve/up.json`."""
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from pdserve.nats_accounts import write_private
+
 FOLDER = ".pdserve"
 NAME = "up.json"
+NATS_URLS = "nats"
 
 
 class RunFile(BaseModel):
@@ -14,20 +19,32 @@ class RunFile(BaseModel):
 
     pid: int
     nats_url: str
+    """For operators' commands."""
+    nats_client_url: str
+    """For a client of the request API."""
     redis_url: str
     address: str
     logs: str
 
 
-def write(folder: Path, run: RunFile) -> None:
-    """Its addresses may hold passwords, so only its owner may read it."""
-    path = folder / FOLDER / NAME
-    path.touch(mode=0o600)
-    path.write_text(run.model_dump_json(indent=2))
+def write(folder: Path, run: RunFile, clients: Mapping[str, str]) -> None:
+    """Writes the run file, and the NATS URL of each client to `nats/<name>.url` beside it.
+
+    They contain passwords, so only their owner may read them.
+    """
+    for name, url in clients.items():
+        write_private(client_path(folder, name), url + "\n")
+    write_private(folder / FOLDER / NAME, run.model_dump_json(indent=2))
+
+
+def client_path(folder: Path, name: str) -> Path:
+    """Where the NATS URL of a client of the request API is written."""
+    return folder / FOLDER / NATS_URLS / f"{name}.url"
 
 
 def remove(folder: Path) -> None:
     (folder / FOLDER / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder / FOLDER / NATS_URLS, ignore_errors=True)
 
 
 def read(folder: Path) -> RunFile | None:

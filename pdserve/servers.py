@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pdserve.children import die_with_parent
+from pdserve.nats_accounts import OPEN_CONFIG, Accounts, write_private
 from shared.errors import BusUnavailable, PDServeError, RegistryUnavailable
 
 START_TIMEOUT_S = 10.0
-NATS_CONFIG = "max_payload: 8MB\n"
 
 
 class Servers:
@@ -23,21 +23,33 @@ class Servers:
         self._folder = folder
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._nats_port = -1
+        self._accounts: Accounts | None = None
 
     def restart_dead(self) -> list[str]:
-        """Starts those that have died again, where they were; their names."""
-        dead = [name for name, process in self.processes.items() if process.poll() is not None]
-        for name in dead:
-            if name == "nats":
-                self.start_nats(self._nats_port)
-            else:
-                self.start_redis()
-        return dead
+        """Starts those that have died again, where they were; a sentence for each.
 
-    def start_nats(self, port: int = -1) -> str:
-        """Starts a NATS server on a loopback port (-1: a free one) and returns its URL."""
+        One that cannot be started now, as while its port is still taken, is tried again by the next call.
+        """
+        said = []
+        for name in [name for name, process in self.processes.items() if process.poll() is not None]:
+            try:
+                if name == "nats":
+                    self.start_nats(self._nats_port, self._accounts)
+                else:
+                    self.start_redis()
+                said.append(f"{name} died: started again")
+            except PDServeError as error:
+                said.append(f"{name} died and could not be started again, so this is tried again: {error}")
+        return said
+
+    def start_nats(self, port: int = -1, accounts: Accounts | None = None) -> str:
+        """Starts a NATS server on a loopback port (-1: a free one) and returns its URL, without user.
+
+        Without `accounts`, everybody may publish and subscribe everywhere.
+        """
+        self._accounts = accounts
         config = self._folder / "nats.conf"
-        config.write_text(NATS_CONFIG)
+        write_private(config, OPEN_CONFIG if accounts is None else accounts.config())
         ports = self._folder / "ports"
         ports.mkdir(exist_ok=True)
         command = [_nats_binary(), "-c", config, "-a", "127.0.0.1", "-p", str(port), "--ports_file_dir", ports]

@@ -22,12 +22,13 @@ from pdserve import checks, runfile
 from pdserve.children import Child, Program, last_words
 from pdserve.forked import Forked, fork_server
 from pdserve.keeping import Asked, Starter, end, say, watch
+from pdserve.nats_accounts import NatsUrls, new_accounts
 from pdserve.servers import Servers
 from pdserve.wishes import Wishes
 from shared import settings
 from shared.addresses import shown
 from shared.errors import PDServeError, SettingsInvalid
-from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings
+from shared.settings import ControllerSettings, GatewaySettings, InstanceSettings, UpSettings
 from shared.text.files import read_object
 
 NATS_PORT = 4222
@@ -43,6 +44,7 @@ def up(wishes: Wishes, folder: Path) -> int:
     """Serves until SIGINT or SIGTERM; the exit code."""
     asked_to_end = _listen_for_signals()
     gateway = settings.load(GatewaySettings, **wishes.gateway)
+    launcher = settings.load(UpSettings, **wishes.launcher)
     # To refuse now what services would refuse.
     checks.refuse_mock_times(settings.load(InstanceSettings, **wishes.instance))
     settings.load(ControllerSettings, **wishes.controller)
@@ -54,23 +56,30 @@ def up(wishes: Wishes, folder: Path) -> int:
         children: list[Child] = []
         try:
             given = gateway.model_fields_set
-            nats_url = gateway.nats_url if "nats_url" in given else servers.start_nats(_usual_nats_port())
+            nats = NatsUrls.given(gateway.nats_url) if "nats_url" in given else _start_nats(servers, launcher)
             redis_url = gateway.redis_url if "redis_url" in given else servers.start_redis()
-            asyncio.run(checks.refuse_absent_servers(nats_url, redis_url))
-            say(f"NATS at {shown(nats_url)}, Redis at {shown(redis_url)}")
-            children = _children(wishes, gateway, {"nats_url": nats_url, "redis_url": redis_url}, logs)
+            asyncio.run(checks.refuse_absent_servers(nats.of("operator"), redis_url))
+            say(f"NATS at {shown(nats.of('operator'))}, Redis at {shown(redis_url)}")
+            children = _children(wishes, gateway, nats, redis_url, logs)
             for child in children:
                 child.start()
             run = runfile.RunFile(
-                pid=os.getpid(), nats_url=nats_url, redis_url=redis_url, address=gateway.local_address, logs=str(logs)
+                pid=os.getpid(),
+                nats_url=nats.of("operator"),
+                nats_client_url=next(iter(nats.clients.values()), nats.of("operator")),
+                redis_url=redis_url,
+                address=gateway.local_address,
+                logs=str(logs),
             )
-            runfile.write(folder, run)
+            runfile.write(folder, run, nats.clients)
+            for name in nats.clients:
+                say(f"the NATS URL of {name}, with its password: {runfile.client_path(folder, name)}")
             say(f"loading {gateway.model} for {wishes.summary}; logs: {logs}")
             if wishes.instance.get("engine") == "mock" or settings.given("engine") == "mock":
                 say("MOCK ENGINE: nothing is computed, text is noise, and no figure says anything about real serving")
             if _wait_until_ready(gateway, children, asked_to_end, started_at):
                 _say_hello(gateway, time.monotonic() - started_at)
-                start_more = Starter(wishes, children, nats_url)
+                start_more = Starter(wishes, children, nats.of("launcher"))
                 watch(children, servers, asked_to_end, start_more)
                 start_more.close()
             say("draining (Ctrl-C again to end at once)")
@@ -92,6 +101,15 @@ def _listen_for_signals() -> Asked:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGHUP, on_signal)
     return asked
+
+
+def _start_nats(servers: Servers, launcher: UpSettings) -> NatsUrls:
+    """Starts our own server: with a user for each role and client, unless it is to be open."""
+    if launcher.nats_open:
+        return NatsUrls.given(servers.start_nats(_usual_nats_port()))
+    clients = launcher.nats_clients.split(",")
+    accounts = new_accounts(clients)
+    return NatsUrls.of_accounts(accounts, servers.start_nats(_usual_nats_port(), accounts))
 
 
 def _usual_nats_port() -> int:
@@ -118,10 +136,14 @@ def _scratch(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield logs, Path(scratch)
 
 
-def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object], logs: Path) -> list[Child]:
+def _children(wishes: Wishes, gateway: GatewaySettings, nats: NatsUrls, redis_url: str, logs: Path) -> list[Child]:
     """All services in the order in which they start: light ones first, since the first instance waits for torch."""
+
+    def urls(user: str) -> dict[str, object]:
+        return {"nats_url": nats.of(user), "redis_url": redis_url}
+
     threads = max(1, (os.cpu_count() or 1) // len(wishes.places))
-    instance = {"threads": threads, **wishes.instance, **urls}
+    instance = {"threads": threads, **wishes.instance, **urls("instance")}
     settings.tame_threads()
     context = fork_server(_modules_of(gateway.model))
     instances: list[Child] = [
@@ -129,8 +151,10 @@ def _children(wishes: Wishes, gateway: GatewaySettings, urls: dict[str, object],
         for place in wishes.places
     ]
     return [
-        Program("gateway", "services.gateway", {**wishes.gateway, **urls}, logs / "gateway.log"),
-        Program("controller", "services.controller", {**wishes.controller, **urls}, logs / "controller.log"),
+        Program("gateway", "services.gateway", {**wishes.gateway, **urls("gateway")}, logs / "gateway.log"),
+        Program(
+            "controller", "services.controller", {**wishes.controller, **urls("controller")}, logs / "controller.log"
+        ),
         *instances,
     ]
 

@@ -1,7 +1,7 @@
 """What the command line of `pdserve up` asks for."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.groups import DEFAULT, GroupsFile
 
@@ -30,6 +30,8 @@ class Wishes:
     controller: dict[str, object]
     max_instances: int = 0
     """How many instances the controller may have in all; 0 is those that there are from the beginning."""
+    launcher: dict[str, object] = field(default_factory=dict)
+    """Settings of `pdserve up` itself."""
 
     @property
     def summary(self) -> str:

@@ -10,6 +10,7 @@ import httpx
 
 from pdserve.children import Child, Program, last_words, wait_for_exit
 from pdserve.forked import Forked, fork_server
+from pdserve.nats_accounts import NatsUrls, new_accounts
 from pdserve.servers import Servers
 from pdserve.status import ask
 from shared.errors import BusUnavailable
@@ -68,11 +69,13 @@ class System:
         tame_threads()
         self.folder = folder
         self.servers = servers
-        self.nats_url = servers.start_nats(free_port())
+        self.accounts = new_accounts()
+        self.nats = NatsUrls.of_accounts(self.accounts, servers.start_nats(free_port(), self.accounts))
+        self.nats_url = self.nats.of("operator")
+        """For operators' commands, and for clients that are not about accounts."""
         self.redis_url = servers.start_redis()
         self.port = free_port()
         self.settings = {
-            "nats_url": self.nats_url,
             "redis_url": self.redis_url,
             "heartbeat_s": HEARTBEAT_S,
             "heartbeat_late_s": 1.0,
@@ -84,11 +87,11 @@ class System:
         self.gateway = Program(
             "gateway",
             "services.gateway",
-            {"local_prefill": "off", **self.settings, "http_port": self.port, **(gateway or {})},
+            {"local_prefill": "off", **self._settings_of("gateway"), "http_port": self.port, **(gateway or {})},
             folder / "gateway.log",
         )
         # Roles are left alone unless a test wants otherwise: it says itself who plays what.
-        controller = {"control": "off", **self.settings, **(controller or {})}
+        controller = {"control": "off", **self._settings_of("controller"), **(controller or {})}
         self.controller = Program("controller", "services.controller", controller, folder / "controller.log")
         self.instances = [self._instance("prefill", n) for n in range(num_prefill)]
         self.instances += [self._instance("decode", n) for n in range(num_decode)]
@@ -177,8 +180,11 @@ class System:
 
     def _instance(self, role: str, number: int) -> Forked:
         name = f"{role}-{number}"
-        settings = {"kv_pool_bytes": 2**28, **self.settings, "role": role, "threads": 1}
+        settings = {"kv_pool_bytes": 2**28, **self._settings_of("instance"), "role": role, "threads": 1}
         return Forked(name, settings, self.folder / f"{name}.log", self.context)
+
+    def _settings_of(self, service: str) -> dict[str, object]:
+        return {"nats_url": self.nats.of(service), **self.settings}
 
     def _all_run(self) -> bool:
         for child in self.children:

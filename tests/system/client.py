@@ -11,6 +11,8 @@ import nats
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
+from shared.addresses import credentials
+from shared.bus.connection import inbox_prefix
 from tests.harness import TIMEOUT_S
 
 Json = dict[str, object]
@@ -133,7 +135,10 @@ class NatsClient:
 
 @asynccontextmanager
 async def nats_client(url: str) -> AsyncIterator[NatsClient]:
-    connection = await nats.connect(url)
+    address = credentials(url)
+    connection = await nats.connect(
+        address.url, user=address.user, password=address.password, inbox_prefix=inbox_prefix(address.user)
+    )
     try:
         yield NatsClient(connection)
     finally:

@@ -149,7 +149,7 @@ def test_status(up: Up) -> None:
 
 
 def test_status_from_elsewhere(up: Up, tmp_path: Path) -> None:
-    nats_url = up.said.split("NATS at ")[1].split(",")[0]
+    nats_url = json.loads((up.folder / ".pdserve" / "up.json").read_text())["nats_url"]
     status = json.loads(run("status", "--json", "--nats", nats_url, folder=tmp_path).stdout)
     assert len(status["instances"]) == 2
     nobody = run("status", folder=tmp_path)

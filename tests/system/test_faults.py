@@ -212,7 +212,7 @@ def test_nats_dies_more_often_than_instances_may_fail(system: System, expected: 
             answer.read(num_tokens)
             system.servers.processes["nats"].kill()
             system.servers.processes["nats"].wait()
-            system.servers.start_nats(port)
+            system.servers.start_nats(port, system.accounts)
         assert answer.read() == expected
     assert was_retaken(system, answer)
 
