@@ -1,4 +1,4 @@
-"""Keys of the blocks that a prompt begins with. Gateways send them, instances compare them; neither sends tokens. Pure."""
+"""Keys of the blocks that a prompt begins with. Gateways send them, instances compare them instead of tokens. Pure."""
 
 import struct
 from collections.abc import Sequence
