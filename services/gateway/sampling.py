@@ -1,4 +1,4 @@
-"""From what a client asks to complete SamplingParams. Pure; for every API of the gateway."""
+"""Complete SamplingParams from the fields of a client's request. Pure; for every API of the gateway."""
 
 import secrets
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ class SamplingFields(Protocol):
 
 
 def check_prompt(prompt_token_ids: list[int], tokenizer: Tokenizer, max_model_len: int, param: str) -> None:
-    """Refuse a prompt that is empty, leaves no room for a token, or holds ids that the model does not know.
+    """Checks that a prompt is not empty, leaves space for a token, and has only ids that the model knows.
 
     Raises:
         InvalidRequest: among them ContextTooLong.
@@ -71,7 +71,7 @@ def sampling_params(
     default_max_tokens: int | None,
     logprobs: int | None,
 ) -> SamplingParams:
-    """Complete sampling parameters for one prompt.
+    """Completes sampling parameters for one prompt.
 
     A field that the request leaves out takes the value in the model's generation_config.json (temperature, top_p,
     top_k, min_p and repetition_penalty, as vLLM does), or else OpenAI's default: temperature 1, everything else off.
@@ -85,9 +85,9 @@ def sampling_params(
     Raises:
         InvalidRequest: a value is out of its range; ContextTooLong if prompt and output do not fit together.
     """
-    room = max_model_len - num_prompt_tokens
+    max_new_tokens = max_model_len - num_prompt_tokens
     if max_tokens is None:
-        max_tokens = room if default_max_tokens is None else min(default_max_tokens, room)
+        max_tokens = max_new_tokens if default_max_tokens is None else min(default_max_tokens, max_new_tokens)
     given = {name: value for name in _COPIED if (value := getattr(fields, name)) is not None}
     _check_token_ids(given.get("logit_bias", ()), tokenizer, "logit_bias")
     _check_token_ids(given.get("stop_token_ids", ()), tokenizer, "stop_token_ids")
@@ -141,5 +141,5 @@ def _check_token_ids(token_ids: Iterable[int], tokenizer: Tokenizer, param: str)
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of a prompt's choice, counted from 0: the first one's is the request's own."""
+    """Returns the seed of a prompt's choice, counted from 0: the first choice has the request's own."""
     return seed if choice == 0 else xxh3_64_intdigest(choice.to_bytes(8, "little"), seed=seed)

@@ -64,7 +64,7 @@ class IdempotencyIndex(Protocol):
         """
 
     async def release(self, key_hash: str) -> None:
-        """Gives a key up, if this gateway has it.
+        """Releases a key, if this gateway has it.
 
         Raises:
             RegistryUnavailable: the index cannot be reached.
