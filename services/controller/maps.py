@@ -116,10 +116,11 @@ class Maps:
     async def restore(self) -> None:
         """Writes maps again that Redis has lost, or that somebody else has changed."""
         versions = await self._registry.map_versions()
-        written = {one.name for one in await self._registry.maps() if versions.get(one.name) == one.version}
+        maps = await self._registry.maps()
+        written = {one.name: one.version for one in maps if versions.get(one.name) == one.version}
         async with self._writing:
             for name, known in list(self._cluster.maps.items()):
-                if name not in written:
+                if written.get(name, -1) < known.version:
                     await self._write(known)
 
     def _known(self, name: str) -> GroupMap:

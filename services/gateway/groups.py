@@ -18,9 +18,9 @@ from shared.bus.connection import Incoming
 from shared.errors import RegistryUnavailable
 from shared.groups import DEFAULT, declared_name
 from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role
+from shared.registry.follower import InstanceFollower, Reading
 from shared.registry.heartbeats import Heartbeat
 from shared.registry.registry import Registry
-from shared.registry.view import View
 from shared.settings import GatewaySettings
 
 READ_EVERY_S = 0.2
@@ -122,18 +122,16 @@ class Groups:
         """As read last. A group takes its map when it is updated."""
         self._versions: dict[str, int] = {}
         """The versions under which these maps were announced in Redis."""
-        self._view: View[Heartbeat] = View(settings.heartbeat_late_s, {})
-        self._alive: dict[str, Heartbeat] = {}
-        self._records: dict[str, InstanceRecord] = {}
+        self._instances = InstanceFollower(registry, settings.heartbeat_late_s)
         self._lost: dict[str, _Lost] = {}
         self._away = False
         self._read_now = asyncio.Event()
         self.scenario_labels = ScenarioLabels()
-        self._groups: dict[str, Group] = {}
+        self._default = Group(GroupMap(name=DEFAULT, scenario=DEFAULT, version=0, term=0))
+        self._groups = {DEFAULT: self._default}
         self._by_scenario: dict[str, list[Group]] = {}
         self._ready: dict[Role, tuple[InstanceRecord, ...]] = dict.fromkeys(ROLES, ())
         self._max_model_len: int | None = None
-        self._default = self._add(GroupMap(name=DEFAULT, scenario=DEFAULT, version=0, term=0))
         self._index()
 
     def of(self, scenario: str | None, fingerprint: str | None = None) -> Group:
@@ -178,7 +176,7 @@ class Groups:
 
     def heartbeat(self, instance_id: str) -> Heartbeat | None:
         """Returns the last heartbeat of a live instance, with its load at that time."""
-        return self._alive.get(instance_id)
+        return self._instances.alive.get(instance_id)
 
     def max_model_len(self) -> int | None:
         """Returns the length of the longest request that every live member can take; None while there is none."""
@@ -186,7 +184,7 @@ class Groups:
 
     def mark_lost(self, instance_id: str) -> None:
         """Stops asking an instance that was found dead, until its heartbeat moves and it answers or has changed."""
-        heartbeat = self._alive.get(instance_id)
+        heartbeat = self._instances.alive.get(instance_id)
         if heartbeat is not None and instance_id not in self._lost:
             self._lost[instance_id] = _Lost(heartbeat)
             self._refresh()
@@ -219,9 +217,7 @@ class Groups:
             versions = await self._registry.map_versions()
             new = [name for name, version in versions.items() if version != self._versions.get(name)]
             maps = await self._registry.maps([name for name in new if self._is_own(name)])
-            heartbeats = await self._registry.heartbeats(sorted(self._needed(maps)))
-            changed = [one.id for one in heartbeats if not self._is_known(one)]
-            records = await self._registry.members(changed)
+            reading = await self._instances.read(self._needed(maps))
         except RegistryUnavailable as error:
             if not self._away:
                 log.warning("continuing with the instances known so far: %s", error)
@@ -231,21 +227,16 @@ class Groups:
             log.info("the registry is back")
         self._away = False
         has_new_maps = self._take_maps(versions, maps)
-        has_new_records = self._take_records(changed, records)
-        self._take_heartbeats(heartbeats, has_changed=has_new_maps or has_new_records)
+        self._take_instances(reading, has_new_maps=has_new_maps)
 
     def _is_own(self, name: str) -> bool:
         return not self._own_names or name in self._own_names or declared_name(name) in self._own_names
-
-    def _is_known(self, heartbeat: Heartbeat) -> bool:
-        record = self._records.get(heartbeat.id)
-        return record is not None and (record.started_at, record.state_version) == heartbeat.identity
 
     def _needed(self, new_maps: Iterable[GroupMap] = ()) -> set[str]:
         """The instances to watch: members, those with open requests, and those whose caches are remembered."""
         maps = [*self._maps.values(), *new_maps]
         needed = {member.instance_id for one in maps for member in one.members} | set(self._watched())
-        others = self._view.seen.keys() - needed
+        others = set(self._instances.ids) - needed
         return needed | {one for one in others if any(one in group.affinity for group in self._groups.values())}
 
     def _take_maps(self, versions: Mapping[str, int], maps: Iterable[GroupMap]) -> bool:
@@ -261,59 +252,33 @@ class Groups:
         new = {one.name: one for one in maps}
         self._maps.update(new)
         for name in new.keys() - self._groups.keys():
-            self._add(new[name].model_copy(update={"members": (), "version": 0}))
+            self._groups[name] = Group(new[name].model_copy(update={"members": (), "version": 0}))
         if new or gone:
             self._index()
         return bool(new or gone)
 
-    def _take_records(self, changed: Iterable[str], records: Iterable[InstanceRecord]) -> bool:
-        """Takes the records of those that have changed. One that cannot be read any more is not used, either."""
-        found = {one.id: one for one in records}
-        has_new = False
-        for instance_id in changed:
-            before, now = self._records.pop(instance_id, None), found.get(instance_id)
-            if now is not None:
-                self._records[instance_id] = now
-            has_new = has_new or before is not now
-            if before is not None and now is not None and before.fingerprint != now.fingerprint:
-                self._forget_cache(instance_id)
-        return has_new
-
-    def _take_heartbeats(self, heartbeats: Collection[Heartbeat], *, has_changed: bool) -> None:
-        before = self._alive
-        self._view = self._view.updated(heartbeats, time.monotonic())
-        unneeded = self._view.seen.keys() - self._needed()
-        if unneeded:
-            self._view = self._view.without(unneeded)
-        self._alive = self._view.alive()
-        for instance_id in self._records.keys() - self._view.seen.keys():
-            del self._records[instance_id]
-        if self._forgive() or has_changed or before.keys() != self._alive.keys():
+    def _take_instances(self, reading: Reading, *, has_new_maps: bool) -> None:
+        """Takes heartbeats and records. Which instances can be asked is known before anybody hears of lost ones."""
+        changes = self._instances.take(reading, self._needed(), time.monotonic())
+        if self._forgive() or has_new_maps or changes.any:
             self._refresh()
-        for gone in before.keys() - self._alive.keys() - unneeded:
-            self._forget_cache(gone)
-            if gone in self._view.seen:
-                log.warning("instance %s is lost: its heartbeat is late", gone)
-                self._on_lost(gone)
-            else:
-                log.info("instance %s has ended", gone)
+        for instance_id in changes.late | changes.ended | changes.new_weights:
+            for group in self._groups.values():
+                group.affinity.forget(instance_id)
+        for instance_id in changes.ended:
+            log.info("instance %s has ended", instance_id)
+        for instance_id in changes.late:
+            log.warning("instance %s is lost: its heartbeat is late", instance_id)
+            self._on_lost(instance_id)
 
     def _forgive(self) -> bool:
         """Drops the marks of lost instances that are back or have vanished. Returns whether any was dropped."""
         before = len(self._lost)
         for instance_id, lost in list(self._lost.items()):
-            heartbeat = self._alive.get(instance_id)
-            if instance_id not in self._view.seen or (heartbeat is not None and lost.is_back(heartbeat)):
+            heartbeat = self._instances.alive.get(instance_id)
+            if instance_id not in self._instances.ids or (heartbeat is not None and lost.is_back(heartbeat)):
                 del self._lost[instance_id]
         return len(self._lost) < before
-
-    def _forget_cache(self, instance_id: str) -> None:
-        for group in self._groups.values():
-            group.affinity.forget(instance_id)
-
-    def _add(self, group_map: GroupMap) -> Group:
-        group = self._groups[group_map.name] = Group(group_map)
-        return group
 
     def _index(self) -> None:
         self._by_scenario = {}
@@ -325,8 +290,8 @@ class Groups:
         """Works out anew which instances can be asked."""
         usable = {
             name: record
-            for name, record in self._records.items()
-            if name in self._alive and name not in self._lost and record.model == self._model
+            for name, record in self._instances.records.items()
+            if name in self._instances.alive and name not in self._lost and record.model == self._model
         }
         members = {member.instance_id for one in self._maps.values() for member in one.members}
         lengths = (record.max_model_len for name, record in usable.items() if name in members)

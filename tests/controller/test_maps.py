@@ -321,6 +321,22 @@ async def test_one_lost_map_is_written_again_alone(nats_url: str, redis_url: str
         assert [step.name for step in await one.all_announced()] == ["code"]
 
 
+@pytest.mark.parametrize("forged", [{"version": 2**62}, {"term": 2**62}, {"version": 5}])
+async def test_a_map_that_another_program_has_written_is_replaced(
+    nats_url: str, redis_url: str, forged: dict[str, object]
+) -> None:
+    async with desk(nats_url, redis_url) as one:
+        await one.maps.declare(CHAT)
+        [known] = await one.all_announced()
+        with redis.Redis.from_url(redis_url) as client:
+            client.hset(keys.MAPS, "chat", known.model_copy(update=forged).model_dump_json())
+            client.hset(keys.MAP_VERSIONS, "chat", str(forged.get("version", known.version)))
+        await one.maps.restore()
+        [again] = await one.all_announced()
+        assert again.version > known.version
+        assert await one.records.maps() == [again]
+
+
 async def test_while_redis_is_away_nothing_changes(servers: Servers) -> None:
     async with desk(servers.start_nats(), servers.start_redis()) as one:
         await one.maps.declare(CHAT)
