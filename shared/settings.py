@@ -167,6 +167,9 @@ class InstanceSettings(ModelSettings):
     """For how many tokens a decode instance reserves room at a time."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """The token budget of one engine step."""
+    max_uncomputed_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Prompts are accepted while they fit into so many uncomputed tokens; 0 accepts what fits into the next step, so
+    that all waiting is in the gateways."""
     move_after_s: Seconds = 1.0
     """For how long a decode instance that changes its role lets requests end by themselves before they move."""
     lease_s: Seconds = 30.0

@@ -21,7 +21,7 @@ from shared.engine.runner import check
 from shared.engine.sequence import Sequence
 from shared.engine.work import PromptWork
 from shared.errors import InstanceFailed, InvalidRequest, RequestError
-from shared.instance.admission import BlockNeeds, InstanceFacts, RequestFacts, rejection, tokens_free
+from shared.instance.admission import BlockNeeds, InstanceFacts, RequestFacts, can_start_next, rejection, tokens_free
 from shared.instance.outbox import Failure
 from shared.instance.parts import Held, InstanceParts, Reserved
 from shared.instance.prefix_index import PrefixIndex
@@ -149,29 +149,31 @@ class AcceptingRole(Role):
         arrived_at = now - ask.age_s
         reason = self._fact_rejection(ask)
         needs = NO_BLOCKS
+        num_uncomputed = ask.num_tokens if self._is_prompt(ask) else 0
         if reason is None:
             if not self._is_valid(ask):
                 return "invalid"
             room = self._room(ask, self._match(ask.start) if ask.start else self._estimated_match(ask))
             needs = self.reservations.needs(room)
+            if num_uncomputed:
+                num_uncomputed -= len(room.match.blocks) * self.parts.loaded.layout.block_size
             reason = self._block_rejection(ask.request_id, arrived_at, needs, is_canary=ask.is_canary)
+            if reason is None and not ask.is_canary and not self._can_compute(num_uncomputed):
+                reason = "busy"
         if reason is not None:
             if reason in NO_CAPACITY:
                 self.num_rejected += 1
                 if not ask.is_canary:
-                    rejected = RejectedRequest(
-                        ask.request_id, ask.gateway_id, arrived_at, needs, self._is_prompt(ask), now
-                    )
+                    rejected = RejectedRequest(ask.request_id, ask.gateway_id, arrived_at, needs, num_uncomputed, now)
                     self.rejections.add(rejected, reason)
             return reason
         reservation = self.reservations.reserve(ask.request_id, arrived_at, room, is_counted=ask.start is not None)
-        num_cached = len(room.match.blocks) * self.parts.loaded.layout.block_size
         reserved = Reserved(
             ask=ask,
             reservation=reservation,
             arrived_at=arrived_at,
             deadline=now + ask.expires_in_s,
-            num_uncomputed_tokens=ask.num_tokens - num_cached if self._is_prompt(ask) else 0,
+            num_uncomputed_tokens=num_uncomputed,
             trace_context=trace_context,
         )
         if ask.start is None:
@@ -206,16 +208,25 @@ class AcceptingRole(Role):
         return self.reservations.rejection(needs, older.needs if older else None)
 
     def _would_accept(self, request: RejectedRequest) -> bool:
-        if self.slots_used >= self.slots_total or (request.is_prompt and self._tokens_free() < 1):
+        if self.slots_used >= self.slots_total or not self._can_compute(request.num_uncomputed_tokens):
             return False
         return self._block_rejection(request.request_id, request.arrived_at, request.needs) is None
 
+    def _can_compute(self, num_prompt_tokens: int) -> bool:
+        """Whether so many prompt tokens may be accepted; always if a request has none."""
+        return num_prompt_tokens == 0 or can_start_next(num_prompt_tokens, self._tokens_free(), self._num_uncomputed())
+
     def _tokens_free(self) -> int:
-        block_size = self.parts.loaded.layout.block_size
-        num_uncomputed = sum(held.num_uncomputed_tokens(block_size) for held in self._held.values())
-        num_uncomputed += sum(reserved.num_uncomputed_tokens for reserved in self._reserved.values())
+        settings = self.parts.settings
+        max_uncomputed = max(settings.max_step_tokens, settings.max_uncomputed_tokens)
         num_decode_rows = sum(held.in_engine and not held.computes_prompt for held in self._held.values())
-        return tokens_free(self.parts.settings.max_step_tokens, num_decode_rows, num_uncomputed)
+        return tokens_free(max_uncomputed, num_decode_rows, self._num_uncomputed())
+
+    def _num_uncomputed(self) -> int:
+        """Returns the prompt tokens of accepted requests that are left after the step under way."""
+        block_size = self.parts.loaded.layout.block_size
+        num_held = sum(held.num_uncomputed_tokens(block_size) for held in self._held.values())
+        return num_held + sum(reserved.num_uncomputed_tokens for reserved in self._reserved.values())
 
     def _starts_in_s(self) -> float:
         """Returns the seconds until everything is computed that comes before a prompt that is accepted now."""

@@ -22,7 +22,7 @@ class RejectedRequest:
     Args:
         arrived_at: when its gateway received it (monotonic seconds here).
         needs: the blocks that it needs, as far as it was rejected for these.
-        is_prompt: whether its prompt would be computed here.
+        num_uncomputed_tokens: how many tokens of its prompt would be computed here.
         rejected_at: when it was rejected (monotonic seconds).
     """
 
@@ -30,7 +30,7 @@ class RejectedRequest:
     gateway_id: str
     arrived_at: float
     needs: BlockNeeds
-    is_prompt: bool
+    num_uncomputed_tokens: int
     rejected_at: float
 
 
