@@ -11,8 +11,7 @@ from shared.addresses import shown
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
 from shared.errors import BusUnavailable, PDServeError, PeerUnavailable
-from shared.messages.control import AdminAnswer, AdminRequest, Status
-from shared.messages.serving import Message
+from shared.messages.control import AdminAnswer, AdminRequest, Status, StatusRequest
 
 CONNECT_TIMEOUT_S = 3.0
 LOOK_EVERY_S, LOOK_AGAIN_S = 2.0, 0.2
@@ -65,7 +64,7 @@ async def _leader(bus: Bus, nats_url: str) -> str:
     """Who leads. Raises `BusUnavailable` where nobody does for a while."""
     end = time.monotonic() + TAKEOVER_S
     while True:
-        status = await bus.request(subjects.STATUS, Message(), Status, timeout_s=CONNECT_TIMEOUT_S)
+        status = await bus.request(subjects.STATUS, StatusRequest(), Status, timeout_s=CONNECT_TIMEOUT_S)
         if status.leader is not None:
             return status.leader
         if time.monotonic() > end:

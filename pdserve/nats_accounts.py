@@ -160,7 +160,7 @@ def write_private(path: Path, text: str) -> None:
     """Writes a file that only its owner may read, also while it is being written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -188,11 +188,16 @@ def _known_passwords(folder: Path) -> dict[str, str]:
 def _user(name: str, password: str) -> str:
     may = permissions_of(name)
     permissions = f"publish: {_list(may.publish)}, subscribe: {_list(may.subscribe)}"
-    return f"    {{user: {json.dumps(name)}, password: {json.dumps(password)}, permissions: {{{permissions}}}}}"
+    return f"    {{user: {_quoted(name)}, password: {_quoted(password)}, permissions: {{{permissions}}}}}"
+
+
+def _quoted(text: str) -> str:
+    """A string of nats-server's configuration, which knows JSON's escapes for quotes and backslashes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _list(names: tuple[str, ...]) -> str:
-    return f"{{allow: [{', '.join(json.dumps(name) for name in names)}]}}"
+    return f"{{allow: [{', '.join(map(_quoted, names))}]}}"
 
 
 def main() -> None:

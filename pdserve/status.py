@@ -9,9 +9,9 @@ from pdserve import runfile
 from shared import settings
 from shared.addresses import shown
 from shared.bus import connection, subjects
+from shared.bus.connection import Bus
 from shared.errors import BusUnavailable, PeerUnavailable
-from shared.messages.control import GroupStatus, InstanceStatus, Status
-from shared.messages.serving import Message
+from shared.messages.control import GroupStatus, InstanceStatus, Status, StatusRequest, merged_status
 
 TIMEOUT_S = 3.0
 NUM_DECISIONS = 8
@@ -45,14 +45,22 @@ def find_nats(folder: Path) -> str:
 
 
 async def ask(nats_url: str) -> Status:
-    """The controller's answer."""
+    """The controller's answer, all pages of it. Raises `BusUnavailable` where no controller answers."""
     async with connection.connect(nats_url, name="pdserve-status", timeout_s=TIMEOUT_S) as bus:
         try:
-            return await bus.request(subjects.STATUS, Message(), Status, timeout_s=TIMEOUT_S)
+            pages = [await _page(bus, 0)]
+            for number in range(1, pages[0].num_pages):
+                pages.append(await _page(bus, number))
         except PeerUnavailable as error:
             raise BusUnavailable(
-                f"no controller answers at {shown(nats_url)}: is `python -m services.controller` running?"
+                f"no controller answers at {shown(nats_url)}: is `python -m services.controller` running, "
+                "and may this NATS user ask it?"
             ) from error
+    return merged_status(pages)
+
+
+async def _page(bus: Bus, number: int) -> Status:
+    return await bus.request(subjects.STATUS, StatusRequest(page=number), Status, timeout_s=TIMEOUT_S)
 
 
 def show(status: Status) -> None:

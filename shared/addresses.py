@@ -4,6 +4,7 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 ELSEWHERE = ("192.0.2.1", 9)
@@ -24,11 +25,24 @@ class Credentials:
 
 def shown(url: str) -> str:
     """A URL as it may be shown: without user, password and query, even if it cannot be parsed."""
-    without_query = re.sub(r"\?.*", "", url[url.rfind("@") + 1 :], flags=re.DOTALL)
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)
-    if "@" not in url:
-        return re.sub(r"\?.*", "", url, flags=re.DOTALL)
-    return f"{scheme[0] if scheme else ''}{without_query}"
+    start = scheme[0] if scheme else ""
+    return start + url.removeprefix(start).rpartition("@")[2].partition("?")[0]
+
+
+def resolved(url: str) -> str:
+    """The URL that a file contains, for one like `file:///run/secrets/nats-url`; any other URL itself.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if not url.startswith("file://"):
+        return url
+    path = Path(unquote(url.removeprefix("file://")))
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the URL cannot be read from {path} ({type(error).__name__})") from error
 
 
 def credentials(url: str) -> Credentials:

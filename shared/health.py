@@ -13,8 +13,7 @@ from collections.abc import Awaitable, Callable
 from shared import settings as settings_module
 from shared.bus import connection, subjects
 from shared.errors import PDServeError, PeerUnavailable
-from shared.messages.control import Status
-from shared.messages.serving import Message
+from shared.messages.control import Status, StatusRequest
 from shared.registry import registry
 from shared.settings import Settings, hostname
 
@@ -35,7 +34,7 @@ async def controller_not_well(settings: Settings) -> str | None:
     """Why no controller answers; None if one does, on whichever host: they share their subject."""
     async with connection.connect(settings.nats_url, name="health", timeout_s=TIMEOUT_S) as bus:
         try:
-            await bus.request(subjects.STATUS, Message(), Status, timeout_s=TIMEOUT_S)
+            await bus.request(subjects.STATUS, StatusRequest(), Status, timeout_s=TIMEOUT_S)
         except PeerUnavailable as error:
             return f"no controller answers: {error}"
     return None

@@ -12,7 +12,7 @@ from services.controller.policy.upgrade import ImpossibleUpgrade
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import WorkflowFailed
 from shared.bus.connection import Incoming
-from shared.errors import PDServeError, RequestError
+from shared.errors import MAX_MESSAGE_CHARS, PDServeError, RequestError, shortened
 from shared.messages.control import AdminAnswer, AdminRequest
 from shared.messages.records import GroupMap, InstanceRecord
 
@@ -75,7 +75,7 @@ class Admin:
         except Exception:
             log.exception("the wish %s met a fault of this program", verb)
             answer = AdminAnswer(ok=False, message="the controller failed at this; its log says why")
-        await incoming.respond(answer)
+        await incoming.respond(answer.model_copy(update={"message": shortened(answer.message, MAX_MESSAGE_CHARS)}))
 
     async def _grant(self, verb: str, request: AdminRequest) -> str:
         if self._key and not hmac.compare_digest(self._key.encode(), request.key.encode()):

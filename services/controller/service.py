@@ -18,9 +18,10 @@ from services.controller.status import status
 from services.controller.workflows import Workflows
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.errors import RegistryUnavailable
+from shared.errors import PDServeError, RegistryUnavailable
 from shared.groups import GroupsFile, default_groups
 from shared.groups_file import read_groups
+from shared.messages.control import StatusRequest
 from shared.process import Lifetime
 from shared.registry import registry
 from shared.registry.registry import Registry
@@ -143,8 +144,12 @@ class Controller:
 
     async def _tell_status(self, incoming: Incoming, after_s: float = 0.0) -> None:
         await asyncio.sleep(after_s)
-        if incoming.reply_to:
-            await incoming.respond(status(self._id, self._cluster, self._brain, self._admin.upgrade_status()))
+        try:
+            page = incoming.parse(StatusRequest).page
+            upgrade = self._admin.upgrade_status()
+            await incoming.respond(status(self._id, self._cluster, self._brain, upgrade, page))
+        except PDServeError as error:
+            log.warning("a question about the status was not answered: %s", error)
 
     async def _on_admin(self, incoming: Incoming) -> None:
         """The leader alone answers operators."""

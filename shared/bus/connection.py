@@ -21,7 +21,7 @@ from opentelemetry import propagate
 from opentelemetry.context import Context
 from pydantic import BaseModel, ValidationError
 
-from shared.addresses import Credentials, credentials, shown
+from shared.addresses import Credentials, credentials, resolved
 from shared.bus import subjects
 from shared.bus.nats_client import TolerantClient
 from shared.errors import (
@@ -352,14 +352,14 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
     """Connects to NATS at `url`; waits up to `timeout_s` for the server.
 
     Args:
-        url: may contain a user and a password, percent-encoded. Answers then arrive at `_INBOX.<user>.`, which is what
-            the accounts of `pdserve/nats_accounts.py` allow.
+        url: may contain a user and a password, percent-encoded, or name a file with such a URL (`file:///...`).
+            Answers then arrive at `_INBOX.<user>.`, which is what the accounts of `pdserve/nats_accounts.py` allow.
 
     Raises:
         BusUnavailable: the server cannot be reached, or rejects the user.
     """
     try:
-        address = credentials(url)
+        address = credentials(resolved(url))
     except ValueError as error:
         raise BusUnavailable(f"PDSERVE_NATS_URL cannot be used: {error}.") from None
     bus = Bus(address, name)
@@ -370,7 +370,7 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
         await bus.close()
         cause = bus.last_error or error
         raise BusUnavailable(
-            f"Cannot connect to NATS at {shown(url)} ({cause!r}). Start a server there or set PDSERVE_NATS_URL, "
+            f"Cannot connect to NATS at {address.url} ({cause!r}). Start a server there or set PDSERVE_NATS_URL, "
             "with a user and password if the server has accounts."
         ) from error
     watching = asyncio.create_task(bus.watch(), name="watching the NATS client")

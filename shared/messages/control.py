@@ -1,6 +1,7 @@
 """Messages of the controller, version 1: its orders, operators' requests to it, and its view of the cluster."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -108,9 +109,21 @@ class InstanceStatus(InstanceRecord):
     late: bool
 
 
-class Status(Message):
-    """The controller's answer on STATUS."""
+class StatusRequest(Message):
+    """An operator asks the controller for one page of its status; pages count from 0."""
 
+    page: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+
+class Status(Message):
+    """The controller's answer on STATUS: one of `num_pages` pages, so that no answer is too large for NATS.
+
+    A page has some of the instances and gateways, and of each group the members among its instances. The first page
+    has the decisions. `merged_status` puts pages together.
+    """
+
+    page: int = 0
+    num_pages: int = 1
     version: str
     controller: str
     """The controller that answers, with its process id; `leader` is the leading one."""
@@ -123,3 +136,29 @@ class Status(Message):
     decisions: list[DecisionStatus] = Field(default_factory=list)
     upgrade: str | None = None
     """The progress of an upgrade."""
+
+
+def merged_status(pages: Sequence[Status]) -> Status:
+    """Puts the pages of a status together. What changed places between two pages is taken from the first."""
+    groups: dict[str, GroupStatus] = {}
+    for group in (group for page in pages for group in page.groups):
+        known = groups.get(group.name)
+        if known is None:
+            groups[group.name] = group
+        else:
+            lists = {key: _joined(getattr(known, key), getattr(group, key)) for key in ("prefill", "decode", "late")}
+            groups[group.name] = known.model_copy(update=lists)
+    instances = {one.id: one for page in reversed(pages) for one in page.instances}
+    gateways = {one.id: one for page in reversed(pages) for one in page.gateways}
+    return pages[0].model_copy(
+        update={
+            "num_pages": 1,
+            "groups": [groups[name] for name in sorted(groups)],
+            "instances": [instances[name] for name in _joined(*([one.id for one in page.instances] for page in pages))],
+            "gateways": [gateways[name] for name in sorted(gateways)],
+        }
+    )
+
+
+def _joined(*lists: list[str]) -> list[str]:
+    return list(dict.fromkeys(name for one in lists for name in one))

@@ -17,7 +17,8 @@ from services.controller.status import status
 from services.controller.workflows import Workflows
 from shared.bus.connection import Bus
 from shared.groups import Control, default_groups
-from shared.messages.records import GroupMap, InstanceRecord, Traffic
+from shared.messages.control import merged_status
+from shared.messages.records import GroupMap, InstanceRecord, LabelTraffic, Traffic
 from shared.registry.registry import Registry
 from shared.settings import ControllerSettings
 from tests.controller.world import map_of, serving, spare
@@ -126,3 +127,41 @@ def test_nobody() -> None:
     brain = brain_of()
     found = status("controller-1", brain.cluster, brain, None)
     assert (found.groups, found.instances, found.gateways, found.decisions, found.leader) == ([], [], [], [], None)
+
+
+def test_the_status_of_many_instances_comes_in_pages_of_bounded_size() -> None:
+    """Each fits NATS' default limit, and together they have everything once."""
+    members = [
+        serving(f"instance-of-a-long-name-{number:05}", "prefill" if number % 2 else "decode", problem="x" * 5000)
+        for number in range(2000)
+    ]
+    gone = serving("gone", "prefill")
+    maps = [map_of(f"group-{number:04}") for number in range(300)]
+    brain = brain_of((1.0, members), maps=(map_of("all", gone, *members), *maps))
+    labels = {f"label-{number}": LabelTraffic() for number in range(1000)}
+    failures = {f"instance-of-a-long-name-{number:05}": 1 for number in range(10_000)}
+    brain.cluster.gateways = [
+        GATEWAY.model_copy(update={"id": f"g{number:02}", "labels": labels, "failures": failures})
+        for number in range(50)
+    ]
+    for number in range(100):
+        brain.decisions.take("all", f"decision {number}", "y" * 10_000)
+    first = status("c", brain.cluster, brain, "z" * 10_000)
+    pages = [first, *(status("c", brain.cluster, brain, None, page) for page in range(1, first.num_pages))]
+    assert max(len(page.model_dump_json()) for page in pages) < 700_000
+    whole = merged_status(pages)
+    assert sorted(one.id for one in whole.instances) == [one.id for one in members]
+    assert [one.name for one in whole.groups] == ["all", *(one.name for one in maps)]
+    assert sorted([*whole.groups[0].prefill, *whole.groups[0].decode]) == [one.id for one in members]
+    assert whole.groups[0].late == ["gone"]
+    assert len(whole.gateways) == 50
+    assert len(whole.decisions) == 50
+    assert status("c", brain.cluster, brain, None, first.num_pages).instances == []
+
+
+def test_a_status_of_one_page_is_itself() -> None:
+    members = [serving("p1", "prefill"), serving("d1", "decode")]
+    brain = brain_of((1.0, members), maps=(map_of("chat", *members),))
+    found = status("c", brain.cluster, brain, None)
+    assert found.num_pages == 1
+    assert merged_status([found]) == found

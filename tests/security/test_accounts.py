@@ -1,11 +1,13 @@
 """The NATS accounts on a real server: what each may do, and above all what a client of the request API may not."""
 
 import json
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -118,7 +120,7 @@ def test_a_client_that_subscribes_to_everything_sees_nothing_of_others(guarded: 
                 alice.send(f"SUB {subject} {queue} {number}{1 if queue else 0}\r\n".encode())
         bob.send(b"SUB _INBOX.bob.1 1\r\n")
         gateway.send(f"SUB {subjects.GENERATE} gateways 1\r\n".encode())
-        heard = {one: b"" for one in (alice, bob, gateway, instance, controller, operator)}
+        heard = dict.fromkeys((alice, bob, gateway, instance, controller, operator), b"")
         for sender, subject in (
             (bob, subjects.GENERATE),
             (bob, subjects.CANCEL),
@@ -258,3 +260,36 @@ def test_nothing_shows_passwords_by_chance() -> None:
         assert password not in repr(accounts)
         assert password not in repr(nats_accounts.NatsUrls.of_accounts(accounts, "nats://x:1"))
     assert json.dumps(sorted(accounts.passwords)) == json.dumps(sorted([*SERVICES, "client"]))
+
+
+@pytest.mark.parametrize("password", ["p/w#1", "a@b:c?d", 'quote" and \\', "%41", "$x", "é"])
+async def test_a_password_of_any_characters_logs_in(servers: Servers, password: str) -> None:
+    accounts = Accounts({"gateway": password})
+    url = accounts.url(servers.start_nats(accounts=accounts), "gateway")
+    async with connection.connect(url, name="x", timeout_s=5.0) as bus:
+        assert bus.connected
+
+
+async def test_a_url_with_a_password_that_cannot_be_parsed_is_not_shown(servers: Servers) -> None:
+    server = servers.start_nats()
+    with pytest.raises(BusUnavailable, match="percent-encoded") as caught:
+        async with connection.connect(server.replace("//", "//u:p/secret#1@"), name="x", timeout_s=5.0):
+            pass
+    assert "secret" not in str(caught.value)
+    assert "p/" not in str(caught.value)
+
+
+def test_a_server_whose_port_is_taken_is_tried_again(servers: Servers) -> None:
+    """`pdserve up` must not end because of it."""
+    accounts = new_accounts()
+    server = servers.start_nats(accounts=accounts)
+    servers.processes["nats"].kill()
+    servers.processes["nats"].wait()
+    with socket.create_server(("127.0.0.1", urlsplit(server).port or 0)):
+        for _ in range(2):
+            [said] = servers.restart_dead()
+            assert "tried again" in said
+    assert servers.restart_dead() == ["nats died: started again"]
+    assert servers.restart_dead() == []
+    with RawClient(server, "client", accounts.passwords["client"]) as client:
+        assert b"-ERR" not in client.said
