@@ -99,9 +99,9 @@ async def heartbeats(
     remove: Callable[[AnyRecord], Awaitable[None]],
     every_s: float,
 ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Writes `record(n)` now and every `every_s` seconds, and removes it at the end. Yields a way to beat at once.
+    """Writes `record(n)` now and every `every_s` seconds, and removes it at the end. Yields a way to write at once.
 
-    A registry that is away is waited for: its readers see old heartbeats, and new ones once it is back.
+    While the registry is away the service goes on: readers see old heartbeats, and new ones once it is back.
     """
     beats = 0
     writing = asyncio.Lock()  # what is written last is what was true last
@@ -130,7 +130,7 @@ async def heartbeats(
     try:
         await remove(record(beats + 1))
     except RegistryUnavailable as error:
-        log.warning("the record could not be removed and will run out: %s", error)
+        log.warning("the record could not be removed and will expire: %s", error)
 
 
 def _known_error(group: BaseExceptionGroup[BaseException]) -> PDServeError | None:

@@ -58,9 +58,9 @@ def test_it_starts_without_torch(module: str) -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        "gateway/policy.py",
-        "gateway/affinity.py",
-        "gateway/classify.py",
+        "gateway/routing.py",
+        "gateway/prefix_affinity.py",
+        "gateway/scenario_labels.py",
         *(f"controller/policy/{file.name}" for file in DECIDING),
     ],
 )

@@ -22,7 +22,7 @@ from redis.asyncio.client import Pipeline
 from shared.errors import RegistryUnavailable
 from shared.registry import keys, scripts
 from shared.registry.registry import Registry
-from shared.registry.values import Unusable
+from shared.registry.values import Unusable, is_identifier
 
 TTL_FACTOR = 10
 """How many times as long as a record open answers live without renewal."""
@@ -139,7 +139,7 @@ class OpenAnswers:
     async def orphans(self, live_gateway_ids: Collection[str]) -> list[str]:
         """Returns the gateways that may owe answers and are not among the live ones."""
         [found] = await self._registry.run(lambda pipe: pipe.smembers(keys.GATEWAYS_WITH_OPEN))
-        return sorted(set(found) - set(live_gateway_ids) - {self._id})
+        return sorted({one for one in found if is_identifier(one)} - set(live_gateway_ids) - {self._id})
 
     async def claim(self, gateway_id: str) -> list[OpenAnswer]:
         """Takes over what a dead gateway owes: the caller must end these answers, as nobody else gets them.

@@ -1,6 +1,7 @@
 """Checks of what Redis contains. A value that cannot be used is skipped, and the log says so once."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,6 +15,8 @@ MAX_VERSION_AHEAD_MS = 86_400_000
 MAX_TERM_AHEAD_MS = 30 * 86_400_000
 """Terms are Unix milliseconds, too, but they go on growing where a clock is set back."""
 MAX_REPORTED = 1000
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
 
 AnyValue = TypeVar("AnyValue")
 log = logging.getLogger(__name__)
@@ -78,6 +81,17 @@ def checked_map(name: str, text: str) -> GroupMap:
 
 
 def checked_id(name: str, value_id: str) -> None:
-    """Raises ValueError if a record was written under the key of another."""
+    """Checks the id of a record that was written under the key of `name`.
+
+    Raises:
+        ValueError: it belongs to another, or cannot be a part of a subject.
+    """
     if value_id != name:
         raise ValueError(f"it belongs to {value_id[:40]!r}")
+    if not is_identifier(name):
+        raise ValueError(f"{name[:40]!r} is not an id")
+
+
+def is_identifier(text: str) -> bool:
+    """Returns whether a text can be an id, which becomes a part of subjects (as `Identifier` in messages)."""
+    return _IDENTIFIER.fullmatch(text) is not None

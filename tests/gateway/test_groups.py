@@ -105,11 +105,11 @@ async def watching(
         lead = await records.lead("c", 60.0)
         assert lead is not None
         lost: list[str] = []
-        groups = Groups(settings, records, lambda: one.num_open.keys(), lost.append)
-        one = Watched(groups, bus, records, lead, lost)
-        monkeypatch.setattr(groups_module, "time", SimpleNamespace(monotonic=lambda: one.now))
+        groups = Groups(settings, records, lambda: watched.num_open.keys(), lost.append)
+        watched = Watched(groups, bus, records, lead, lost)
+        monkeypatch.setattr(groups_module, "time", SimpleNamespace(monotonic=lambda: watched.now))
         await bus.subscribe(subjects.CHANGED, groups.on_changed)
-        yield one
+        yield watched
 
 
 @pytest.fixture
