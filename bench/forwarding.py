@@ -1,17 +1,21 @@
 """On-demand forwarding against a queue in each prefill instance: whose first tokens come in time under load?
 
-    .venv/bin/python -m bench.forwarding TRACE.csv [--loads 1 2 4 5] [--ttft-ms 1000] [--seconds 40]
+    .venv/bin/python -m bench.forwarding TRACE.csv [--half first|second|both] [--loads 1 2 4 5] [--ttft-ms 1000]
 
-The trace's arrivals (Azure's LLM inference dataset; columns TIMESTAMP, ContextTokens, GeneratedTokens) are played
-faster and faster; lengths are scaled by one factor. Load 1 is `--base` of what the prefill instances can compute,
-measured first. Both ways have the same instances and the same requests, one way after the other at each load:
+The arrivals of a half of the trace (Azure's LLM inference dataset; columns TIMESTAMP, ContextTokens, GeneratedTokens)
+are replayed faster and faster; lengths are scaled by one factor. Load 1 is `--base` of what the prefill instances can
+compute, measured first. Both ways have the same instances and the same requests, one way after the other at each load:
 
-- *on demand*: prefill has few slots and no queue, the gateway keeps who waits in the order of deadlines, asks one
-  instance after another, and ends a request early that none can serve in time (P/D-Serve, arXiv 2408.08147, 3.4);
-- *queue*: prefill accepts whatever comes, and computes it in the order of arrival; the gateway chooses the instance
-  with the fewest open streams, and nothing ends early.
+- *on demand*: instances accept what they can start in their next step, the gateway keeps the waiting requests in the
+  order of `services/gateway/routing.py`, and sheds those that cannot be served in time any more (P/D-Serve,
+  arXiv 2408.08147, 3.4);
+- *queue*: instances accept everything and compute it in the order of arrival (`PDSERVE_MAX_UNCOMPUTED_TOKENS`); the
+  gateway chooses the instance with the fewest open requests, and nothing is shed.
 
-In time is a first token within the objective, at the client. A request that was ended early is not in time.
+In time is a first token within the objective, at the client. A request that was shed is not in time. Decode instances
+compute no prompts here (`PDSERVE_LOCAL_PREFILL=off`), so that what prefill achieves can be compared with the best
+schedule in hindsight (`bench/hindsight.py`) of the same arrivals, at the speed that was measured on the idle system.
+`bench.schedule` simulates the same without a system.
 """
 
 import argparse
@@ -23,20 +27,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+
+from bench.hindsight import best_in_hindsight, upper_bound
 from bench.load import Item, Outcome, at_rate, load_client, read_trace
 from bench.running import Running, machine, pdserve_up
+from bench.schedule import HALVES, LONGEST, Speed, half_of
 
-LONGEST = 2000
 MANY_SLOTS = 4096
+MANY_TOKENS = 2**30
 PROBE_S = 8.0
+SPEED_TOKENS = (16, 250, 500, 1000, 1500, 1900)
+SPEED_ROUNDS = 3
+"""Each of these prompts is sent alone so often, and the quickest counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way at one load."""
+    """One way at one load. `best` and `at_most` are first tokens in time, of a schedule that knows all arrivals."""
 
+    half: str
     way: str
     load: float
     sent: int
@@ -44,6 +57,8 @@ class Point:
     shed: int
     failed: int
     median_ttft_s: float
+    best: int
+    at_most: int
 
     @property
     def share(self) -> float:
@@ -52,7 +67,7 @@ class Point:
 
     @property
     def share_of_accepted(self) -> float:
-        """Of those that were not ended early."""
+        """Of those that were not shed."""
         return self.in_time / max(1, self.sent - self.shed)
 
 
@@ -64,20 +79,26 @@ def main() -> None:
         f"{arguments.share:g} of a core each; lengths x {arguments.factor:g}; objective {arguments.ttft_ms:g} ms"
     )
     os.environ["PDSERVE_ENGINE_SHARE"] = str(arguments.share)
+    os.environ["PDSERVE_LOCAL_PREFILL"] = "off"
     items = read_trace(arguments.trace, arguments.factor, longest=LONGEST)
     items = [replace(one, num_output_tokens=min(one.num_output_tokens, arguments.max_output)) for one in items]
+    halves = {half: half_of(items, half) for half in (HALVES if arguments.half == "both" else [arguments.half])}
     with _system(arguments, "on demand") as running:
-        capacity = asyncio.run(_capacity(running, items, arguments))
-    print(f"the prefill instances compute {capacity:.2f} requests/s; load 1 is {arguments.base * capacity:.2f}/s")
+        speed = asyncio.run(_speed(running))
+        capacity = {half: asyncio.run(_capacity(running, part, arguments)) for half, part in halves.items()}
+    print(f"a prompt of 500 tokens takes {speed.of_chunk(0, 500):.3f} s, one of 1,900 {speed.of_chunk(0, 1900):.3f} s")
     points = []
     for way in ("queue", "on demand"):
         with _system(arguments, way) as running:
-            for load in arguments.loads:
-                points.append(
-                    asyncio.run(_play(running, way, load, arguments.base * capacity * load, items, arguments))
-                )
-                _print(points[-1])
-    _compare(points, arguments.loads)
+            for half, part in halves.items():
+                per_s = arguments.base * capacity[half]
+                print(f"{half} half: prefill computes {capacity[half]:.2f} requests/s; load 1 is {per_s:.2f}/s")
+                for load in arguments.loads:
+                    outcomes = asyncio.run(_play(running, load, at_rate(part, per_s * load, arguments.seconds)))
+                    points.append(_point(half, way, load, outcomes, speed, arguments))
+                    _print(points[-1])
+    for half in halves:
+        _compare([one for one in points if one.half == half], arguments.loads)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(_plain(points), indent=2))
 
@@ -85,6 +106,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens")
+    parser.add_argument("--half", choices=[*HALVES, "both"], default="both", help="which half of the trace")
     parser.add_argument("--loads", type=float, nargs="+", default=[1, 2, 4, 5], help="multiples of the base load")
     parser.add_argument("--base", type=float, default=0.22, help="load 1, as a share of what prefill can compute")
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
@@ -105,6 +127,7 @@ def _system(arguments: argparse.Namespace, way: str) -> Iterator[Running]:
     """A system that forwards in one of the two ways."""
     is_queue = way == "queue"
     os.environ["PDSERVE_PREFILL_SLOTS"] = str(MANY_SLOTS if is_queue else arguments.slots)
+    os.environ["PDSERVE_MAX_UNCOMPUTED_TOKENS"] = str(MANY_TOKENS if is_queue else 0)
     objective = "" if is_queue else f"    ttft_ms: {arguments.ttft_ms}\n"
     with tempfile.TemporaryDirectory() as folder:
         groups = Path(folder) / "groups.yaml"
@@ -119,29 +142,65 @@ def _system(arguments: argparse.Namespace, way: str) -> Iterator[Running]:
 async def _capacity(running: Running, items: Sequence[Item], arguments: argparse.Namespace) -> float:
     """Requests per second with prefill always at work."""
     # Batch requests wait as long as they have to (PDSERVE_TTFT_TIMEOUT_S).
-    endless = iter(items * 100)
     async with load_client(running.nats_url) as client:
         end = time.monotonic() + PROBE_S
         await client.closed_loop(
-            endless, 2 * arguments.prefill * arguments.slots, lambda: time.monotonic() >= end, priority="batch"
+            cycle(items), 2 * arguments.prefill * arguments.slots, lambda: time.monotonic() >= end, priority="batch"
         )
         done = [one for one in client.outcomes if one.first_token_at and end - PROBE_S / 2 <= one.first_token_at < end]
     return len(done) / (PROBE_S / 2)
 
 
-async def _play(
-    running: Running, way: str, load: float, per_s: float, items: Sequence[Item], arguments: argparse.Namespace
-) -> Point:
-    """The beginning of the trace at a speed that gives so many requests per second."""
+async def _speed(running: Running) -> Speed:
+    """Measures prefill on the idle system, and fits it to tokens and pairs of tokens by least squares.
+
+    What a request takes besides (messages, the step itself) is the constant, which counts for nothing later.
+    """
+    async with load_client(running.nats_url) as client:
+        quickest = []
+        for num_tokens in SPEED_TOKENS:
+            rounds = [await client.send(Item(0.0, num_tokens, 1)) for _ in range(SPEED_ROUNDS + 1)]
+            quickest.append(min(one.ttft_s for one in rounds[1:]))
+    return fitted_speed(SPEED_TOKENS, quickest)
+
+
+def fitted_speed(num_tokens: Sequence[int], seconds: Sequence[float]) -> Speed:
+    """Returns the speed that explains best how long prompts of these lengths take; nothing in it is negative."""
+    columns = [np.ones(len(num_tokens)), np.array(num_tokens, float), np.array([n * (n + 1) / 2 for n in num_tokens])]
+    step_s, token_s, pair_s = _least_squares(columns, seconds)
+    if min(token_s, pair_s) < 0:
+        step_s, token_s = _least_squares(columns[:2], seconds)
+        pair_s = 0.0
+    return Speed(max(0.0, step_s), max(0.0, token_s), pair_s)
+
+
+def _least_squares(
+    columns: "Sequence[np.ndarray[tuple[int], np.dtype[np.float64]]]", values: Sequence[float]
+) -> list[float]:
+    # Columns of like size: pairs are a million times as many as tokens.
+    scales = [float(column.max()) for column in columns]
+    matrix = np.stack([column / scale for column, scale in zip(columns, scales, strict=True)], axis=1)
+    solution = np.linalg.lstsq(matrix, np.array(values), rcond=None)[0]
+    return [float(value) / scale for value, scale in zip(solution, scales, strict=True)]
+
+
+async def _play(running: Running, load: float, items: Sequence[Item]) -> list[Outcome]:
+    """Sends requests at their times."""
     async with load_client(running.nats_url, seed=int(load * 10)) as client:
-        await client.open_loop(at_rate(items, per_s, arguments.seconds))
-        return _point(way, load, client.outcomes, arguments.ttft_ms / 1000)
+        await client.open_loop(items)
+        return client.outcomes
 
 
-def _point(way: str, load: float, outcomes: Sequence[Outcome], ttft_s: float) -> Point:
+def _point(
+    half: str, way: str, load: float, outcomes: Sequence[Outcome], speed: Speed, arguments: argparse.Namespace
+) -> Point:
+    ttft_s = arguments.ttft_ms / 1000
     shed = [one for one in outcomes if one.error is not None and one.error.startswith(("overloaded", "no_instance"))]
     times = sorted(one.ttft_s for one in outcomes)
+    arrived_at = [one.sent_at for one in outcomes]
+    service_s = [speed.of_chunk(0, one.item.num_prompt_tokens) for one in outcomes]
     return Point(
+        half=half,
         way=way,
         load=load,
         sent=len(outcomes),
@@ -149,23 +208,30 @@ def _point(way: str, load: float, outcomes: Sequence[Outcome], ttft_s: float) ->
         shed=len(shed),
         failed=sum(one.error is not None for one in outcomes) - len(shed),
         median_ttft_s=times[len(times) // 2],
+        best=best_in_hindsight(arrived_at, service_s, ttft_s, arguments.prefill),
+        at_most=upper_bound(arrived_at, service_s, ttft_s, arguments.prefill),
     )
 
 
 def _print(point: Point) -> None:
     print(
         f"{point.way:>10} at {point.load:g}x: {point.sent} requests, {point.share:6.1%} in time, "
-        f"{point.share_of_accepted:6.1%} of those accepted; {point.shed} ended early, {point.failed} failed; "
-        f"median TTFT {point.median_ttft_s:.2f} s",
+        f"{point.share_of_accepted:6.1%} of those accepted; {point.shed} shed, {point.failed} failed; "
+        f"median TTFT {point.median_ttft_s:.2f} s; {point.in_time / max(1, point.best):.2f} of the best in hindsight "
+        f"({point.best / point.sent:.1%}, at most {point.at_most / point.sent:.1%})",
         flush=True,
     )
 
 
 def _compare(points: Sequence[Point], loads: Sequence[float]) -> None:
     shares = {(one.way, one.load): one.share for one in points}
-    gains = {load: shares["on demand", load] - shares["queue", load] for load in loads}
-    best = max(gains, key=lambda load: gains[load])
-    print(f"on demand is {100 * gains[best]:.0f} percentage points better at {best:g}x")
+    gains = {load: 100 * (shares["on demand", load] - shares["queue", load]) for load in loads}
+    ratio = min(one.in_time / max(1, one.best) for one in points if one.way == "on demand")
+    print(
+        f"{points[0].half} half: on demand beside the queue, percentage points: "
+        + ", ".join(f"{gain:+.1f} at {load:g}x" for load, gain in gains.items())
+        + f"; at least {ratio:.2f} of the best in hindsight"
+    )
 
 
 def _plain(points: Sequence[Point]) -> list[dict[str, object]]:
