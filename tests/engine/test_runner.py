@@ -8,7 +8,7 @@ import pytest
 
 from shared.engine.engine import Engine
 from shared.engine.runner import EngineRunner
-from shared.engine.sequence import NewToken, Sequence
+from shared.engine.sequence import FailedSequence, NewToken, Sequence
 from shared.errors import ContextTooLong, InvalidRequest
 from shared.sampling import SamplingParams
 
@@ -31,8 +31,9 @@ class Owner:
         self.engine = engine
         self.tokens: dict[str, list[NewToken]] = {}
         self.crashes: list[Exception] = []
+        self.failed: list[FailedSequence] = []
         self.thread = threading.current_thread()
-        self.runner = EngineRunner(engine, self.on_tokens, self.crashes.append)
+        self.runner = EngineRunner(engine, self.on_tokens, self.crashes.append, on_failed=self.failed.extend)
 
     def on_tokens(self, tokens: list[NewToken]) -> None:
         assert threading.current_thread() is self.thread
@@ -59,6 +60,18 @@ async def test_tokens_come_in_the_event_loop(llama_served: Served) -> None:
         owner.runner.add(owner.sequence("a", SHORT))
         await wait_until(lambda: owner.finished("a"))
         assert ids(owner.tokens["a"]) == llama_served.greedy(prompt_of(20), 8)
+
+
+async def test_a_sequence_without_finite_logits_is_reported_and_the_others_go_on(llama_served: Served) -> None:
+    async with running(llama_served) as owner:
+        damaged = sequence_of(owner.engine, prompt_of(40), SHORT, request_id="damaged", num_computed_tokens=32)
+        owner.runner.add(damaged)  # nobody has computed the KV of its first 32 tokens, and the pool is full of NaN
+        owner.runner.add(owner.sequence("a", SHORT, first_block=200))
+        await wait_until(lambda: owner.finished("a") and bool(owner.failed))
+        assert [failed.request_id for failed in owner.failed] == ["damaged"]
+        assert "damaged" not in owner.tokens
+        assert ids(owner.tokens["a"]) == llama_served.greedy(prompt_of(20), 8)
+        assert owner.crashes == []
 
 
 async def test_wakes_up_from_idleness_and_uses_no_time_in_it(llama_served: Served) -> None:
