@@ -21,6 +21,7 @@ from services.gateway.sampling import check_prompt, choice_seed, sampling_params
 from services.gateway.telemetry import ChoiceTimer
 from shared.errors import Cancelled, DeadlineExceeded, InvalidRequest
 from shared.messages.serving import OutputToken
+from shared.sampling import FinishReason
 from shared.telemetry import tracing
 from shared.text.text_stream import TextDelta, TextStream
 
@@ -28,6 +29,8 @@ GRACE_S = 1.0
 """The core keeps the deadline and knows better what it waited for; this bounds what the core does not see."""
 LARGE_BODY_BYTES = 256 * 2**10
 """Larger bodies are parsed in a thread, so that other streams go on."""
+MAX_TOKENS_PER_WRITE = 256
+"""Of tokens that have waited for a slow client, so that what is written together stays small."""
 FIELDS_BY_HEADER = {"scenario": "x-scenario", "priority": "x-priority"}
 """Fields that a proxy may set without reading the body."""
 
@@ -44,8 +47,9 @@ class Choice:
     timer: ChoiceTimer
     num_tokens: int = 0
     num_cached_tokens: int = 0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     deltas: list[TextDelta] = field(default_factory=list)
+    """Kept unless they are streamed."""
 
     def feed(self, token: OutputToken, now: float) -> TextDelta:
         """Returns what a token adds."""
@@ -64,7 +68,7 @@ class Choice:
             "".join(delta.text for delta in self.deltas),
             [token_id for delta in self.deltas for token_id in delta.token_ids],
             [item for delta in self.deltas for item in delta.logprobs],
-            self.deltas[-1].finish_reason,
+            self.finish_reason,
         )
 
 
@@ -81,11 +85,12 @@ class Writer(Protocol):
         """Returns the response in one piece; choices by their index."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Completion:
-    """A request that has been checked and can be served.
+    """A request that has been checked, and its choices.
 
     Attributes:
+        num_open: choices that are not finished.
         sends_empty: whether events without text matter, as they carry logprobs or token ids.
         include_usage: whether a stream ends with an event that has the usage.
     """
@@ -97,6 +102,10 @@ class Completion:
     stream: bool
     include_usage: bool
     sends_empty: bool
+    num_open: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_open = len(self.choices)
 
     def usage(self) -> Json:
         """Returns the tokens of each prompt once, and those generated over all choices.
@@ -161,40 +170,46 @@ class Handler(Generic[Schema]):
                     await self._generate(completion, send)
                 finally:
                     self._describe(context, completion)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
         except TimeoutError as error:
             raise DeadlineExceeded(f"The request was not done within {timeout_s:g} s.") from error
 
     async def _generate(self, completion: Completion, send: Send) -> None:
-        """Writes all events of one batch of tokens together, or all choices once the last is complete."""
-        core, choices, writer = self._api.core, completion.choices, completion.writer
+        """Writes all events of a batch of tokens together, or the whole response once all choices are finished."""
+        choices, writer, stream = completion.choices, completion.writer, EventStream(send)
         self._api.metrics.prompt_tokens.inc(completion.num_prompt_tokens)
-        stream = EventStream(send)
-        num_open = len(choices)
-        async with core.serving([choice.request for choice in choices]):
-            while num_open:
+        async with self._api.core.serving([choice.request for choice in choices]):
+            while completion.num_open:
                 batch = await completion.output.read()
-                now = time.monotonic()
-                events: list[Json] = []
-                for request, token in batch:
-                    choice = choices[request.choice]
-                    if choice.finish_reason is not None:
-                        continue
-                    delta = choice.feed(token, now)
-                    if delta.finish_reason is not None:
-                        num_open -= 1
-                        if token.finish_reason is None:
-                            core.finish(request)
-                    if not completion.stream:
-                        choice.deltas.append(delta)
-                    elif delta.text or delta.finish_reason or completion.sends_empty:
-                        events.append(writer.chunk(request.choice, delta))
-                if completion.stream:
-                    if not num_open and completion.include_usage:
-                        events.append(writer.usage_chunk(completion.usage()))
-                    await stream.write(events, is_last=not num_open)
+                for start in range(0, len(batch), MAX_TOKENS_PER_WRITE):
+                    events = self._feed(completion, batch[start : start + MAX_TOKENS_PER_WRITE])
+                    await stream.write(events, is_last=completion.stream and not completion.num_open)
+                    if not completion.num_open:
+                        break
             if not completion.stream:
-                whole = writer.whole([choice.whole() for choice in choices], completion.usage())
-                await stream.respond(whole)
+                await stream.respond(writer.whole([choice.whole() for choice in choices], completion.usage()))
+
+    def _feed(self, completion: Completion, batch: Sequence[tuple[Request, OutputToken]]) -> list[Json]:
+        """Turns tokens into the events of a stream; keeps what they add if there is none."""
+        now = time.monotonic()
+        events: list[Json] = []
+        for request, token in batch:
+            choice = completion.choices[request.choice]
+            if choice.finish_reason is not None:
+                continue  # generated after a stop string
+            delta = choice.feed(token, now)
+            if delta.finish_reason is not None:
+                completion.num_open -= 1
+                if token.finish_reason is None:
+                    self._api.core.finish(request)
+            if not completion.stream:
+                choice.deltas.append(delta)
+            elif delta.text or delta.finish_reason or completion.sends_empty:
+                events.append(completion.writer.chunk(request.choice, delta))
+        if completion.stream and completion.include_usage and not completion.num_open:
+            events.append(completion.writer.usage_chunk(completion.usage()))
+        return events
 
     def _describe(self, context: RequestContext, completion: Completion) -> None:
         span = get_current_span()
@@ -307,7 +322,12 @@ async def connected(context: RequestContext) -> AsyncIterator[None]:
             yield
             watching.cancel()
     except BaseExceptionGroup as errors:
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from errors
+        raise first_error(errors) from errors
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Returns what went wrong first; what followed from it stays in the group."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -30,9 +30,11 @@ async def serving(api: ApiContext, index: IdempotencyIndex | None = None, **sett
         server = uvicorn.Server(http_server_config(api, GatewaySettings(**values), answers))  # type: ignore[arg-type]
         task = asyncio.create_task(server.serve())
         await eventually(lambda: server.started)
-        yield server.servers[0].sockets[0].getsockname()[1]
-        server.should_exit = True
-        await task
+        try:
+            yield server.servers[0].sockets[0].getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
 
 
 @pytest.fixture(scope="session")
