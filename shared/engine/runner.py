@@ -9,7 +9,7 @@ from typing import Self
 
 from shared.engine.engine import AnyEngine
 from shared.engine.scheduler import StepPlan
-from shared.engine.sequence import NewToken, Sequence
+from shared.engine.sequence import FailedSequence, NewToken, Sequence
 from shared.errors import ContextTooLong, InvalidRequest
 
 
@@ -31,6 +31,7 @@ class EngineRunner:
         on_tokens: called in the event loop with the tokens of each step that generated some.
         on_crash: called in the event loop, once, if a step raised. The thread has ended then.
         on_prefill_step: called in the event loop when a step has begun that computes tokens of prompts.
+        on_failed: called in the event loop with the sequences that a step has failed, and that have left the engine.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class EngineRunner:
         on_tokens: Callable[[list[NewToken]], None],
         on_crash: Callable[[Exception], None],
         on_prefill_step: Callable[[], None] = lambda: None,
+        on_failed: Callable[[list[FailedSequence]], None] = lambda failed: None,
     ) -> None:
         self._engine = engine
         self._engine.on_step = self._step_began
         self._on_tokens = on_tokens
         self._on_crash = on_crash
         self._on_prefill_step = on_prefill_step
+        self._on_failed = on_failed
         self._commands: queue.SimpleQueue[Sequence | _Remove | _Stop] = queue.SimpleQueue()
         self._removals: set[asyncio.Future[None]] = set()
         self._crashed = False
@@ -90,6 +93,9 @@ class EngineRunner:
                 tokens = self._engine.step()
                 if tokens:
                     self._loop.call_soon_threadsafe(self._on_tokens, tokens)
+                failed = self._engine.take_failed()
+                if failed:
+                    self._loop.call_soon_threadsafe(self._on_failed, failed)
         except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it was, the loop learns of it
             self._loop.call_soon_threadsafe(self._crash, error)
 

@@ -16,7 +16,7 @@ from shared.engine.model import LoadedModel
 from shared.engine.pool import KVPool
 from shared.engine.prefix_cache import PrefixCache
 from shared.engine.runner import EngineRunner
-from shared.engine.sequence import NewToken
+from shared.engine.sequence import FailedSequence, NewToken
 from shared.engine.staging import Staging, staging_of
 from shared.errors import ModelRefused
 from shared.instance.latency_estimate import LatencyEstimate
@@ -76,6 +76,7 @@ async def open_body(
     loaded: Loaded,
     on_crash: Callable[[BaseException], None],
     on_prefill_step: Callable[[], None] = lambda: None,
+    on_failed: Callable[[list[FailedSequence]], None] = lambda failed: None,
 ) -> AsyncIterator[Body]:
     """The body of an instance, until the block ends. The callbacks are those of `EngineRunner`.
 
@@ -101,7 +102,8 @@ async def open_body(
         loaded.layout, settings.kv_host, settings.kv_port, settings.stall_timeout_s, settings.kv_advertise_host
     )
     steps: asyncio.Queue[list[NewToken]] = asyncio.Queue()
-    async with holder.serving(), EngineRunner(engine, steps.put_nowait, on_crash, on_prefill_step) as runner:
+    runner = EngineRunner(engine, steps.put_nowait, on_crash, on_prefill_step, on_failed)
+    async with holder.serving(), runner:
         yield Body(
             settings=settings,
             model_path=model_path,

@@ -16,7 +16,7 @@ from shared import __version__
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.engine.device import find_device
-from shared.engine.sequence import NewToken
+from shared.engine.sequence import FailedSequence, NewToken
 from shared.errors import InstanceFailed, ModelRefused, RequestError
 from shared.instance.assignment import Assignment
 from shared.instance.body import Body, Loaded, load, open_body
@@ -108,7 +108,8 @@ class Instance:
     async def _live(self, model_path: str, loaded: Loaded, there: asyncio.Future[Body], over: asyncio.Event) -> None:
         """A body, until it is over. It has a task of its own, so that a fault in what it serves ends the instance."""
         try:
-            async with open_body(self.settings, model_path, loaded, self._on_crash, self._on_prefill_step) as body:
+            callbacks = (self._on_crash, self._on_prefill_step, self._on_failed)
+            async with open_body(self.settings, model_path, loaded, *callbacks) as body:
                 telling = self._bodies.create_task(body.tell_tokens(self._tell))
                 if not there.cancelled():  # who waited for it may have been told to end meanwhile
                     there.set_result(body)
@@ -285,10 +286,15 @@ class Instance:
             await asyncio.sleep(SWEEP_S)
             for role in self.assignment.roles:
                 role.sweep(time.monotonic())
+            self.assignment.notify_gateways()
 
     def _on_prefill_step(self) -> None:
         """There may be room in the step after the one that has begun."""
         self.assignment.notify_gateways()
+
+    def _on_failed(self, failed: list[FailedSequence]) -> None:
+        for role in self.assignment.roles:
+            role.fail_sequences(failed)
 
     def _bus_came_back(self) -> None:
         self._tasks.create_task(self._outbox.bus_came_back())

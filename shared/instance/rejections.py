@@ -1,13 +1,15 @@
 """Which gateways were rejected and wait to be told that a slot is free, and the oldest request that found no blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.instance.admission import BlockNeeds
 from shared.messages.serving import RejectionReason
 
 OLDEST_EXPIRES_S = 2.0
 """For so long the oldest request without blocks is remembered after it has asked last."""
+OLDEST_RETURNS_WITHIN_S = 0.25
+"""Once its gateway was told that it would be accepted, it asks within this time, or has gone elsewhere."""
 GATEWAY_EXPIRES_S = 60.0
 MAX_GATEWAYS = 1000
 
@@ -34,6 +36,18 @@ class RejectedRequest:
     rejected_at: float
 
 
+def _least(request: RejectedRequest, before: RejectedRequest) -> RejectedRequest:
+    """Returns a request that would be accepted as soon as one of the two would be."""
+    if request.request_id == before.request_id:
+        return request
+    return replace(
+        request,
+        arrived_at=min(request.arrived_at, before.arrived_at),
+        needs=min(request.needs, before.needs, key=lambda needs: needs.now),
+        num_uncomputed_tokens=min(request.num_uncomputed_tokens, before.num_uncomputed_tokens),
+    )
+
+
 class Rejections:
     """Remembers one rejected request for each gateway, and the oldest of all that were rejected for lack of blocks."""
 
@@ -41,6 +55,7 @@ class Rejections:
         self._by_gateway: dict[str, RejectedRequest] = {}
         """Gateways in the order in which they are told."""
         self._oldest: RejectedRequest | None = None
+        self._oldest_expires_at = 0.0
 
     def __len__(self) -> int:
         """Returns how many gateways wait to be told."""
@@ -49,12 +64,11 @@ class Rejections:
     def add(self, request: RejectedRequest, reason: RejectionReason) -> None:
         """Remembers a request that was rejected for lack of capacity.
 
-        Of several requests of a gateway, the one that needs the fewest blocks: the gateway is told as soon as any of
-        them may be accepted. A gateway keeps its place in the order.
+        Of several requests of a gateway, the least that any of them needs: the gateway is told as soon as one of them
+        may be accepted. A gateway keeps its place in the order.
         """
         before = self._by_gateway.get(request.gateway_id)
-        if before is None or before.request_id == request.request_id or request.needs.now <= before.needs.now:
-            self._by_gateway[request.gateway_id] = request
+        self._by_gateway[request.gateway_id] = request if before is None else _least(request, before)
         if len(self._by_gateway) > MAX_GATEWAYS:
             del self._by_gateway[next(iter(self._by_gateway))]
         if reason != "no_blocks":
@@ -62,10 +76,11 @@ class Rejections:
         oldest = self.oldest(request.rejected_at)
         if oldest is None or oldest.request_id == request.request_id or request.arrived_at < oldest.arrived_at:
             self._oldest = request
+            self._oldest_expires_at = request.rejected_at + OLDEST_EXPIRES_S
 
     def oldest(self, now: float) -> RejectedRequest | None:
-        """Returns the oldest request without blocks, unless it has not asked again for `OLDEST_EXPIRES_S`."""
-        if self._oldest is not None and now - self._oldest.rejected_at > OLDEST_EXPIRES_S:
+        """Returns the oldest request without blocks, unless it should have asked again by now."""
+        if now > self._oldest_expires_at:
             self._oldest = None
         return self._oldest
 
@@ -102,6 +117,7 @@ class Rejections:
         oldest = self.oldest(now)
         if oldest is not None and oldest.gateway_id in self._by_gateway and would_accept(oldest):
             del self._by_gateway[oldest.gateway_id]
+            self._oldest_expires_at = min(self._oldest_expires_at, now + OLDEST_RETURNS_WITHIN_S)
             return oldest.gateway_id
         found = next((one for one, request in self._by_gateway.items() if would_accept(request)), None)
         if found is not None:

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from shared.bus.connection import Incoming
-from shared.engine.sequence import NewToken
+from shared.engine.sequence import FailedSequence, NewToken
 from shared.errors import DeadlineExceeded, InstanceFailed, InternalError, SettingsInvalid
 from shared.instance.outbox import BUS_WAS_AWAY, Failure
 from shared.instance.parts import Held, InstanceParts, Reserved
@@ -178,6 +178,13 @@ class Role(ABC):
         """Fails requests that met a fault of this program."""
         for held in [self._held[one] for one in request_ids if one in self._held]:
             self.end(held, Failure(InternalError(why)))
+
+    def fail_sequences(self, failed: Iterable[FailedSequence]) -> None:
+        """Fails the requests whose sequences the engine has dropped."""
+        for one in failed:
+            held = self.holding(one.request_id)
+            if held is not None:
+                self.end(held, Failure(InstanceFailed(one.message)))
 
     def fail_all(self, why: str, *, counts: bool) -> None:
         """Gives all requests up: their gateways take them elsewhere."""

@@ -76,8 +76,8 @@ class Role:
     def room_came_free(self) -> None:
         self.did.append("has room")
 
-    def tell_who_waits(self) -> None:
-        self.did.append("told who waits")
+    def notify_gateways(self) -> None:
+        self.did.append("told gateways")
 
 
 class Post:
@@ -382,10 +382,10 @@ async def test_room_is_for_whoever_grows_and_told_by_the_role_of_now() -> None:
     async with post() as one:
         old = await one.becomes("decode")
         one.assignment.room_came_free()
-        assert old.did == ["has room", "told who waits"]
+        assert old.did == ["has room", "told gateways"]
         old.hold()
         old.compute()
         new = await one.becomes("prefill")
         one.assignment.room_came_free()
-        assert old.did == ["has room", "told who waits", "has room"]
-        assert new.did == ["has room", "told who waits"]
+        assert old.did == ["has room", "told gateways", "has room"]
+        assert new.did == ["has room", "told gateways"]

@@ -52,8 +52,8 @@ ORDERS: list[tuple[int, RoleName | None, float]] = [
 """Which instance is to play what from now on, and for how long requests may end by themselves. A role may follow
 itself."""
 CALM = [*["arrive"] * 6, *["cancel"] * 2, *["all"] * 12]
-CALM += ["step_prefill", "step_decode", "step_third", "transfer", "transfer", "expire"]
-FAULTS = ["a_transfer_breaks", "bus_came_back", "deadline", "gateway_is_gone", "drain_third"]
+CALM += ["start", "start", "start", "step_prefill", "step_decode", "step_third", "transfer", "transfer", "expire"]
+FAULTS = ["starts_are_lost", "a_transfer_breaks", "bus_came_back", "deadline", "gateway_is_gone", "drain_third"]
 WILD = [*CALM, "arrive", "arrive", "canary", *["order"] * 7, *FAULTS]
 
 Event = tuple[str, int, int | None]
@@ -87,7 +87,10 @@ async def happen(one: World, answers: list[list[int]], name: str, number: int) -
         one.gateway_is_gone(GATEWAYS[number % len(GATEWAYS)])
     elif name == "drain_third":
         one.drain_third()
+    elif name in ("start", "starts_are_lost"):
+        getattr(one, name)()
     elif name == "all":
+        one.start()
         for what in (one.step_prefill, one.transfer, one.step_decode, one.step_third):
             await what()
     else:
@@ -100,6 +103,7 @@ async def happen(one: World, answers: list[list[int]], name: str, number: int) -
     happens=st.sampled_from([CALM, WILD, WILD]).flatmap(events),
     prefix_cache=st.sampled_from([True, True, True, False]),
     stall_timeout_s=st.sampled_from([PATIENT_S, PATIENT_S, 1e-6]),
+    start_apart_every=st.sampled_from([0, 1, 2]),
 )
 def test_any_order_of_events(
     small_blocks: Served,
@@ -107,11 +111,13 @@ def test_any_order_of_events(
     happens: list[Event],
     prefix_cache: bool,
     stall_timeout_s: float,
+    start_apart_every: int,
 ) -> None:
     wishes = {"prefix_cache": prefix_cache, "stall_timeout_s": stall_timeout_s, "drain_timeout_s": 1e-6, **SMALL}
 
     async def live() -> None:
         async with world(small_blocks, **wishes) as one:
+            one.start_apart_every = start_apart_every
             for name, number, pause in happens:
                 await happen(one, answers, name, number)
                 await one.ask()
@@ -171,7 +177,7 @@ def test_who_comes_together_follows_the_first(small_blocks: Served, answers: lis
     """Three prompts with 26 tokens in common, all before the first step."""
 
     async def live() -> None:
-        async with world(small_blocks, prefill_blocks=30, decode_blocks=30) as one:
+        async with world(small_blocks, prefill_blocks=30, decode_blocks=30, max_step_tokens=200) as one:
             requests = [one.arrive(PROMPTS[number], answers[number][:2]) for number in (1, 2, 3)]
             await one.ask()
             await one.finish()

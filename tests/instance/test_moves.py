@@ -1,14 +1,12 @@
 """Requests whose instances change their roles: over real roles, assignments, engines and pools."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from shared.instance import pace as pace_module
-from shared.messages.serving import AskReply, PrefillRequest, RejectionReason
+from shared.messages.serving import AskReply
 from tests.engine.models import Served, prompt_of
 from tests.instance.world import PATIENT_S, Instance, Message, Request, World, world
 
@@ -37,6 +35,7 @@ async def until(one: World, reached: Callable[[], object]) -> None:
         if reached():
             return
         await one.ask()
+        one.start()
         for instance in one.instances:
             instance.step()
         await one.settle()
@@ -357,7 +356,7 @@ def test_a_canary_needs_blocks_like_all_and_waits_for_no_hint(small_blocks: Serv
             canary = one.arrive(PROMPT[:6], small_blocks.greedy(PROMPT[:6], 3), is_canary=True)
             await one.ask()
             assert canary.where == "waits for prefill"
-            assert not one.prefill.role._refused
+            assert not len(one.prefill.role.rejections)
             assert one.prefill.role.num_rejected == 1
 
     asyncio.run(live())
@@ -402,32 +401,29 @@ def test_what_the_role_before_lets_go_of_is_room_for_the_next(small_blocks: Serv
     asyncio.run(live())
 
 
-@pytest.mark.parametrize(
-    ("token_s", "held", "by_s", "reason"),
-    [
-        (0.0, 0, 3600.0, None),
-        (10.0, 0, 3600.0, None),
-        (10.0, 0, 60.0, "no_time"),
-        (10.0, 9, 3600.0, "no_time"),
-        (10.0, 0, None, None),
-        (10.0, 9, None, None),
-    ],
-)
-def test_a_prompt_that_would_come_too_late_is_refused(
-    small_blocks: Served, token_s: float, held: int, by_s: float | None, reason: RejectionReason | None
-) -> None:
-    """A prompt of 40 tokens behind `held` others of as many, at `token_s` seconds a token."""
+def asks(one: World, request: Request) -> AskReply:
+    """The prefill instance's answer."""
+    question = one.question(request, "prefill", one.prefill)
+    reason = one.prefill.role._consider(question, Message.trace_context)
+    return AskReply(accepted=reason is None, reason=reason, capacity=one.prefill.role.capacity())
+
+
+def test_a_prompt_is_accepted_while_the_next_step_has_tokens_left(small_blocks: Served) -> None:
+    """Steps of 20 tokens: the second prompt of 50 is accepted while the first computes its last step."""
 
     async def live() -> None:
         async with world(small_blocks, prefill_blocks=100, decode_blocks=9, prefill_slots=20) as one:
-            slow(one, token_s)
-            requests = [one.arrive(prompt_of(40, seed), [0]) for seed in range(held)]
-            await one.ask()
-            assert all(request.where == "is prefilled" for request in requests)
-            answer = await asked(one, one.arrive(prompt_of(40, seed=20), [0]), by_s)
-            assert (answer.accepted, answer.reason) == (reason is None, reason)
-            assert one.prefill.role.num_rejected == (reason is not None)
-            assert not one.prefill.role._refused, "a hint is of no use to it"
+            first, second, third = (one.arrive(prompt_of(50, seed), [0]) for seed in range(3))
+            assert asks(one, first).capacity.tokens_free == 0
+            assert asks(one, second).reason == "busy"
+            for num_left in (30, 10):
+                one.prefill.step()
+                assert asks(one, second).reason == "busy", f"{num_left} tokens are left"
+            one.prefill.engine.on_step = lambda plan: answers.append(asks(one, second))
+            answers: list[AskReply] = []
+            one.prefill.step()
+            assert [answer.accepted for answer in answers] == [True], "while its last step is under way"
+            assert asks(one, third).reason == "busy"
             for request in one.requests:
                 request.holders.add(one.prefill)
                 one.cancel(request)
@@ -435,50 +431,161 @@ def test_a_prompt_that_would_come_too_late_is_refused(
     asyncio.run(live())
 
 
-def test_an_instance_that_was_slow_tries_again_when_it_has_nothing_else_to_do(
-    small_blocks: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gateway_is_told_when_the_step_begins_after_which_there_is_room(small_blocks: Served) -> None:
     async def live() -> None:
-        async with world(small_blocks, **ROOMY) as one:
-            slow(one, 1000.0)
-            first, second = (one.arrive(prompt_of(40, seed), [0]) for seed in range(2))
-            assert (await asked(one, first, 60.0)).reason == "no_time"
-            monkeypatch.setattr(pace_module, "OLD_S", 0.0)
-            assert (await asked(one, first, 60.0)).accepted
-            assert (await asked(one, second, 60.0)).reason == "no_time", "one at a time"
-            for request in (first, second):
+        async with world(small_blocks, prefill_blocks=100, decode_blocks=9, prefill_slots=20) as one:
+            first = one.arrive(prompt_of(50, seed=0), small_blocks.greedy(prompt_of(50, seed=0), 1))
+            second = one.arrive(prompt_of(50, seed=1), small_blocks.greedy(prompt_of(50, seed=1), 1))
+            await one.ask()
+            assert (first.where, second.where) == ("is prefilled", "waits for prefill")
+            for told in ([], [], [("prefill", "prefill", second.gateway_id)]):
+                one.prefill.step()
+                assert len(one.prefill.role.rejections) == 1 - len(told), "the step is not over"
+                await one.settle()
+                assert one.hints == told
+
+    asyncio.run(live())
+
+
+def test_short_prompts_are_accepted_together(small_blocks: Served) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=100, decode_blocks=9, prefill_slots=20) as one:
+            requests = [one.arrive(prompt_of(6, seed), [0]) for seed in range(5)]
+            reasons = [asks(one, request).reason for request in requests]
+            assert reasons == [None, None, None, "busy", "busy"], "three fit into a step"
+            for request in requests:
                 request.holders.add(one.prefill)
                 one.cancel(request)
 
     asyncio.run(live())
 
 
-def test_what_is_cached_takes_no_time(small_blocks: Served, answer: list[int]) -> None:
+def test_a_reserved_prompt_counts_until_its_work_comes(small_blocks: Served) -> None:
     async def live() -> None:
-        async with world(small_blocks, **ROOMY) as one:
-            one.arrive(PROMPT, answer[:1])
+        async with world(small_blocks, prefill_blocks=100, decode_blocks=9) as one:
+            first, second = (
+                one.arrive(prompt_of(50, seed), small_blocks.greedy(prompt_of(50, seed), 1)) for seed in range(2)
+            )
+            one.start_apart_every = 1
+            await one.ask()
+            assert (one.prefill.role.slots_used, len(one.prefill.reserved)) == (1, 1)
+            assert (first.where, second.where) == ("is prefilled", "waits for prefill")
+            one.starts_are_lost()
+            assert (one.prefill.role.slots_used, first.where) == (0, "waits for prefill")
             await one.finish()
-            slow(one, 10.0)
-            again, other = (one.arrive(prompt, answer[:1]) for prompt in (PROMPT, PROMPT[::-1]))
-            assert (await asked(one, other, 1500.0)).reason == "no_time"
-            assert (await asked(one, again, 1500.0)).accepted
-            for request in (again, other):
-                request.holders.add(one.prefill)
-                one.cancel(request)
+            assert (first.where, second.where) == ("done", "done")
 
     asyncio.run(live())
 
 
-def slow(one: World, token_s: float) -> None:
-    """The prefill instance has been as slow as that, just now."""
-    work = one.prefill.engine.work
-    work.prefill_tokens, work.prefill_pairs, work.prefill_s = 1000, 1000, 1000 * token_s
-    one.prefill.role._pace.took(0.0, 0.0)  # type: ignore[attr-defined]
+def test_what_is_cached_is_not_counted_before_the_token_ids_are_known(small_blocks: Served) -> None:
+    """A prompt of 136 tokens, two blocks of 64 of which are known by their prefix keys, in a pool of 18 blocks."""
+    prompt = prompt_of(136, seed=3)
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=18, decode_blocks=40) as one:
+            first = one.arrive(prompt, small_blocks.greedy(prompt, 1))
+            await one.finish()
+            one.start_apart_every = 1
+            second = one.arrive(prompt, first.expected)
+            await one.ask()
+            [reserved] = one.prefill.reserved
+            assert reserved.num_uncomputed_tokens == 136 - 128
+            before = one.prefill.cache.num_query_tokens
+            await one.finish()
+            assert (second.where, second.cached) == ("done", [128])
+            assert one.prefill.cache.num_query_tokens == before + 136, "it is counted once"
+
+    asyncio.run(live())
 
 
-async def asked(one: World, request: Request, by_s: float | None) -> AskReply:
-    """The prefill instance's answer to a request whose first token is due in so many seconds."""
-    message = one._message(request, "prefill", one.prefill)
-    assert isinstance(message, PrefillRequest)
-    due = message.model_copy(update={"first_token_by": by_s and time.time() + by_s})
-    return await one.prefill.role.take(Message(due))  # type: ignore[arg-type]
+def test_prefix_keys_that_promise_too_much_fail_the_request_without_counting(small_blocks: Served) -> None:
+    """Another prompt comes with the keys of the first, whose blocks are in use."""
+    prompt, other = prompt_of(136, seed=3), prompt_of(136, seed=4)
+
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=24, decode_blocks=40) as one:
+            first = one.arrive(prompt, small_blocks.greedy(prompt, 2))
+            await until(one, lambda: first.where == "decodes")
+            forged = one.arrive(other, small_blocks.greedy(other, 1))
+            question = one.question(forged, "prefill", one.prefill)
+            keys = one.question(first, "prefill", one.prefill).prefix_keys
+            asked = question.model_copy(update={"start": None, "prefix_keys": keys})
+            assert (await one.prefill.role.take(Message(asked))).accepted  # type: ignore[arg-type]
+            forged.where = "is prefilled"
+            forged.holders.add(one.prefill)
+            assert question.start is not None
+            assert one.prefill.role.start(question.start)
+            await one.settle()
+            assert (forged.attempt, forged.where) == (1, "waits for prefill")
+
+    asyncio.run(live())
+
+
+def test_work_that_was_not_asked_for_fails_the_request(small_blocks: Served) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, small_blocks.greedy(PROMPT, 1))
+            one.start_apart_every = 1
+            await one.ask()
+            [(_, _, start)] = one.starts
+            one.starts = []
+            assert one.prefill.role.start(start.model_copy(update={"token_ids": PROMPT[1:]}))
+            await one.settle()
+            assert (request.attempt, one.prefill.role.slots_used) == (1, 0)
+
+    asyncio.run(live())
+
+
+def test_a_dead_gateways_requests_are_released_and_no_others(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, prefill_blocks=100, decode_blocks=9, max_step_tokens=200) as one:
+            one.start_apart_every = 2
+            requests = [
+                one.arrive(prompt_of(20, seed), small_blocks.greedy(prompt_of(20, seed), 1)) for seed in range(3)
+            ]
+            await one.ask()
+            assert (len(one.prefill.held), len(one.prefill.reserved)) == (1, 2)
+            one.gateway_is_gone(requests[0].gateway_id)
+            await one.settle()
+            assert [held.gateway_id for held in one.prefill.held] == [requests[1].gateway_id]
+            assert one.prefill.reserved == []
+
+    asyncio.run(live())
+
+
+def test_an_exception_in_a_transfer_ends_that_request_only(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            first, second = (one.arrive(PROMPT, answer), one.arrive(PROMPT[::-1], small_blocks.greedy(PROMPT[::-1], 3)))
+            await until(one, lambda: len(one.fetcher.waiting) == 2)
+            one.fetcher.waiting[0].set_exception(RuntimeError("as the test wants it"))
+            await one.settle()
+            assert sorted((first.attempt, second.attempt)) == [0, 1]
+
+    asyncio.run(live())
+
+
+def test_a_transfer_that_breaks_names_the_source_of_the_kv(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, answer)
+            await is_fetched(one, request)
+            await one.a_transfer_breaks()
+            assert [(one.kv_source_id, one.counts) for one in one.failed] == [("prefill", True)]
+
+    asyncio.run(live())
+
+
+def test_a_lease_of_another_size_is_invalid(small_blocks: Served, answer: list[int]) -> None:
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            request = one.arrive(PROMPT, answer)
+            await until(one, lambda: request.lease is not None)
+            assert request.lease is not None
+            question = one.question(request, "decode", one.decode)
+            forged = question.model_copy(update={"lease": request.lease.model_copy(update={"num_bytes": 10**12})})
+            reply = await one.decode.role.take(Message(forged))  # type: ignore[arg-type]
+            assert (reply.accepted, reply.reason) == (False, "invalid")
+
+    asyncio.run(live())

@@ -60,7 +60,7 @@ class Incoming:
     reply_to: str = ""
     deadline: float = 1e12
     trace_context: Context = field(default_factory=Context)
-    nobody_listens: bool = False
+    is_no_responders: bool = False
     answer: BaseModel | None = None
 
     def parse(self, kind: type) -> Any:
@@ -86,7 +86,7 @@ class Bus:
     async def subscribe(self, subject: str, handler: Handler) -> None:
         self.handlers[subject.removesuffix(".>")] = handler
 
-    async def publish(self, subject: str, message: Message, *, tell_if_gone: str = "") -> None:
+    async def publish(self, subject: str, message: Message, *, no_responders_to: str = "") -> None:
         if isinstance(message, Failed):
             self.failed.append(message)
         if subject.startswith(subjects.gateway(GATEWAY, "")):

@@ -5,6 +5,7 @@ comes.
 """
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -22,29 +23,31 @@ from shared.engine.prefix_cache import PrefixCache
 from shared.engine.sequence import NewToken
 from shared.engine.sequence import Sequence as EngineSequence
 from shared.engine.staging import staging_of
-from shared.errors import DeadlineExceeded, RequestError
+from shared.errors import DeadlineExceeded
+from shared.instance.accepting import AcceptingRole
 from shared.instance.assignment import Assignment
 from shared.instance.body import Body
-from shared.instance.outbox import Outbox
-from shared.instance.parts import Held, InstanceParts
-from shared.instance.role import Role
+from shared.instance.outbox import Failure, Outbox
+from shared.instance.parts import Held, InstanceParts, Reserved
+from shared.instance.role import START_TIMEOUT_S
 from shared.kv import wire
 from shared.kv.holder import Lease
 from shared.messages.control import Assign, Assigned
 from shared.messages.records import Role as RoleName
 from shared.messages.serving import (
+    Ask,
     AskReply,
     Cancel,
-    DecodeRequest,
     Failed,
     KVLease,
     Moved,
     OutputToken,
     Prefilled,
-    PrefillRequest,
     SlotFreed,
+    Start,
     StepTokens,
 )
+from shared.prefix_keys import prefix_keys
 from shared.sampling import SamplingParams
 from shared.settings import InstanceSettings
 from tests.engine.models import Served
@@ -53,6 +56,8 @@ GATEWAYS = ("g", "h")
 GROUP = "one"
 FOREVER = 1e12
 PATIENT_S = 1000.0
+AGE_S = 86_400.0
+"""How old the first request is when it asks; later ones are each a second younger."""
 
 
 @dataclass(eq=False)
@@ -63,7 +68,7 @@ class Request:
     gateway_id: str
     prompt: list[int]
     expected: list[int]
-    arrived_at: float
+    number: int
     is_canary: bool = False
     is_local: bool = False
     """A decode instance is to compute its prompt, too, where one has room."""
@@ -99,9 +104,7 @@ class Message:
     """An incoming message that holds what it says as an object."""
 
     reply_to = ""
-    deadline = FOREVER
     trace_context = Context()
-    nobody_listens = True
 
     def __init__(self, content: object = None) -> None:
         self.content = content
@@ -209,15 +212,15 @@ class Fetcher:
 class Decode(DecodeRole):
     """The real one, which is watched for whom it gives up."""
 
-    def end(self, held: Held, error: RequestError | None = None, *, counts: bool = True) -> None:
-        if error is not None and "the KV pool is full" in error.message:
-            assert not counts
+    def end(self, held: Held, failure: Failure | None = None) -> None:
+        if failure is not None and "the KV pool is full" in failure.error.message:
+            assert not failure.counts
             ages = [one.reservation.arrived_at for one in self._held.values()]
             assert held.reservation.arrived_at == max(ages), "an older one was given up"
-        super().end(held, error, counts=counts)
+        super().end(held, failure)
 
 
-KINDS: dict[RoleName, type[Role]] = {"prefill": PrefillRole, "decode": Decode}
+KINDS: dict[RoleName, type[AcceptingRole]] = {"prefill": PrefillRole, "decode": Decode}
 
 
 class Instance:
@@ -228,7 +231,8 @@ class Instance:
         pool = KVPool(loaded.layout, num_blocks)
         pool.data.fill_(float("nan"))
         self.name = name
-        self.engine = Engine(loaded, pool, max_step_tokens=20)
+        self.engine = Engine(loaded, pool, world.settings.max_step_tokens)
+        self.engine.on_step = lambda plan: self.assignment.notify_gateways()
         self.cache = PrefixCache(num_blocks, loaded.layout.block_size, enabled=world.settings.prefix_cache)
         self.body = Body(
             settings=world.settings,
@@ -249,9 +253,14 @@ class Instance:
         self.telling = tasks.create_task(self.body.tell_tokens(self._tell))
 
     @property
-    def role(self) -> Role:
-        assert self.assignment.role is not None
+    def role(self) -> AcceptingRole:
+        assert isinstance(self.assignment.role, AcceptingRole)
         return self.assignment.role
+
+    @property
+    def reserved(self) -> list[Reserved]:
+        """The accepted requests of all its roles that wait for their work."""
+        return [reserved for role in self.assignment.roles for reserved in role._reserved.values()]
 
     @property
     def held(self) -> list[Held]:
@@ -278,9 +287,9 @@ class Instance:
                 assert sequence.num_uncomputed_tokens == 1 or sequence.request_id in prompts, "a prefill again"
             self.body._steps.put_nowait(self.engine.step())
 
-    def hear(self, verb: str, key: str = "", content: object = None) -> None:
+    def hear(self, verb: str, content: object = None) -> None:
         for role in self.assignment.roles:
-            role.handle(verb, key, Message(content))  # type: ignore[arg-type]
+            role.handle(verb, Message(content))  # type: ignore[arg-type]
 
     def bus_came_back(self) -> None:
         self._tasks.create_task(self.outbox.bus_came_back())
@@ -293,17 +302,20 @@ class Instance:
 
     def check(self) -> None:
         """The pool's accounting is exact."""
-        allocations = [held.reservation.allocation.blocks for held in self.held]
+        allocations = [one.reservation.allocation.blocks for one in (*self.held, *self.reserved)]
         used = {block for blocks in allocations for block in blocks}
         assert self.cache.num_free == self.cache.num_blocks - len(used)
         assert not used & self.cache._cached.keys()
         assert sum(self.cache._references.values()) == sum(map(len, allocations))
         if self.assignment.role is not None:
-            used_slots = sum(not self._world.is_canary(one) for one in self.role._held)
-            assert used_slots <= self.role.slots_total
-            assert self.held or len(self.role._refused) < len(GATEWAYS), "nobody was told that there is room"
+            ids = [*self.role._held, *self.role._reserved]
+            assert sum(not self._world.is_canary(one) for one in ids) <= self.role.slots_total
+            rejections = self.role.rejections
+            is_kept_free = rejections.oldest(time.monotonic()) is not None
+            is_in_use = bool(self.held or self.reserved)
+            assert is_in_use or is_kept_free or len(rejections) < len(GATEWAYS), "nobody was told that a slot is free"
 
-    async def _make_role(self, name: RoleName) -> Role:
+    async def _make_role(self, name: RoleName) -> AcceptingRole:
         await asyncio.sleep(0)
         body = self.body
         role = KINDS[name](
@@ -324,6 +336,8 @@ class Instance:
                 told=body.told,
                 work=self.engine.work.snapshot,
                 in_step_s=self.engine.in_step_s,
+                latency=body.latency,
+                notify_gateways=self.assignment.notify_gateways,
                 room_came_free=self.assignment.room_came_free,
             )
         )
@@ -350,10 +364,11 @@ class World:
     ) -> None:
         self.served = served
         self.settings = InstanceSettings.model_validate(
-            {"decode_reserve_tokens": 8, "prefill_slots": 3, "decode_slots": 6, **settings}
+            {"decode_reserve_tokens": 8, "prefill_slots": 3, "decode_slots": 6, "max_step_tokens": 20, **settings}
         )
         self.requests: list[Request] = []
         self.preempted: list[str] = []
+        self.failed: list[Failed] = []
         self.refusals: Counter[tuple[str, str, str]] = Counter()
         """For want of room: by instance, role and gateway."""
         self.hints: list[tuple[str, str, str]] = []
@@ -366,11 +381,16 @@ class World:
         self.third = Instance(self, "third", decode_blocks, tasks)
         self.instances = (self.prefill, self.decode, self.third)
         self.draining: asyncio.Task[None] | None = None
+        self.began_at = time.monotonic()
+        self.start_apart_every = 0
+        """Of so many requests, one gets its work after it was accepted; 0: every question carries the work."""
+        self.starts: list[tuple[Instance, Request, Start]] = []
+        """The work of accepted requests that is on its way."""
         self._staff()
 
     # What instances tell gateways.
 
-    async def publish(self, subject: str, event: BaseModel, *, tell_if_gone: str = "") -> None:
+    async def publish(self, subject: str, event: BaseModel, *, no_responders_to: str = "") -> None:
         await asyncio.sleep(0)
         gateway_id = subject.split(".")[3]
         if isinstance(event, Prefilled):
@@ -421,6 +441,7 @@ class World:
         request.num_moves += 1
 
     def _failed(self, event: Failed) -> None:
+        self.failed.append(event)
         instance = self._named(event.instance_id)
         request = self._open(event.request_id)
         if request is None or instance not in request.holders:
@@ -469,7 +490,7 @@ class World:
     ) -> Request:
         number = len(self.requests)
         gateway_id = "controller" if is_canary else GATEWAYS[number % len(GATEWAYS)]
-        request = Request(f"r{number}", gateway_id, prompt, expected, float(number), is_canary, is_local)
+        request = Request(f"r{number}", gateway_id, prompt, expected, number, is_canary, is_local)
         self.requests.append(request)
         return request
 
@@ -480,16 +501,16 @@ class World:
         self._end(request, "cancelled")
 
     def gateway_is_gone(self, gateway_id: str) -> None:
-        """Instances that still speak to it learn of it; what it had is over."""
+        """Instances find out by their pings; what it had is over."""
         for request in self.requests:
             if request.gateway_id == gateway_id and not request.is_over:
                 request.where = "cancelled"
         for instance in self.instances:
-            instance.hear("gone", gateway_id)
+            instance.assignment.release_gateway(gateway_id)
 
     async def ask(self) -> None:
-        """Asks for whom nobody works: those that have begun first, as the gateway's lines do."""
-        for request in sorted(self.requests, key=lambda one: (not one.tokens, one.arrived_at)):
+        """Asks for whom nobody works: those that have begun first, as gateways' queues do."""
+        for request in sorted(self.requests, key=lambda one: (not one.tokens, one.number)):
             for role in request.waits_for:
                 if await self._ask(request, role):
                     break
@@ -499,37 +520,56 @@ class World:
         playing = [one for one in self.instances if one.assignment.role and one.role.verb == role]
         for instance in sorted(playing, key=lambda one: one.role.slots_used):
             request.holders.add(instance)
-            message = Message(self._message(request, role, instance))
+            ask = self.question(request, role, instance)
+            starts_later = self.start_apart_every > 0 and request.number % self.start_apart_every == 0
+            message = Message(ask.model_copy(update={"start": None}) if starts_later else ask)
             answer: AskReply = await instance.role.take(message)  # type: ignore[arg-type]
+            assert answer.capacity.slots_free >= 0
             if answer.accepted:
                 assert instance.plays(role)
                 request.where = "is prefilled" if role == "prefill" else "decodes"
+                if starts_later:
+                    assert ask.start is not None
+                    self.starts.append((instance, request, ask.start))
                 return True
             if instance is not request.source:
                 request.holders.discard(instance)
             if instance.plays(role):
-                assert answer.reason in ("no_slot", "no_blocks"), answer
-                assert not (request.is_canary and answer.reason == "no_slot")
+                assert answer.reason in ("no_slot", "no_blocks", "busy"), answer
+                assert not (request.is_canary and answer.reason != "no_blocks")
                 self.refusals[instance.name, role, request.gateway_id] += not request.is_canary
             else:
                 assert answer.reason == "draining"
         return False
 
-    def _message(self, request: Request, role: RoleName, instance: Instance) -> PrefillRequest | DecodeRequest:
-        common = {
-            "request_id": request.request_id,
-            "gateway_id": request.gateway_id,
-            "epoch": instance.assignment.epoch,
-            "fingerprint": self.served.loaded.fingerprint,
-            "token_ids": request.prompt + request.tokens,
-            "num_prompt_tokens": len(request.prompt),
-            "sampling": SamplingParams(max_tokens=len(request.expected), temperature=0.0),
-            "arrived_at": request.arrived_at,
-            "is_canary": request.is_canary,
-        }
-        if role == "prefill":
-            return PrefillRequest.model_validate(common)
-        return DecodeRequest.model_validate({**common, "lease": request.lease})
+    def start(self) -> None:
+        """Accepted requests get their work, unless their gateway is done with them."""
+        starts, self.starts = self.starts, []
+        for instance, request, start in starts:
+            if start.request_id == request.request_id and not request.is_over:
+                assert instance in request.holders
+                if not any(role.start(start) for role in instance.assignment.roles):
+                    self._retake(request)
+
+    def question(self, request: Request, role: RoleName, instance: Instance) -> Ask:
+        """The question with the work that a gateway would ask an instance."""
+        token_ids = request.prompt + request.tokens
+        sampling = SamplingParams(max_tokens=len(request.expected), temperature=0.0)
+        return Ask(
+            request_id=request.request_id,
+            gateway_id=request.gateway_id,
+            epoch=instance.assignment.epoch,
+            fingerprint=self.served.loaded.fingerprint,
+            num_tokens=len(token_ids),
+            num_prompt_tokens=len(request.prompt),
+            max_tokens=len(request.expected),
+            age_s=AGE_S - request.number + time.monotonic() - self.began_at,
+            expires_in_s=AGE_S,
+            prefix_keys=prefix_keys(request.prompt),
+            lease=request.lease if role == "decode" else None,
+            is_canary=request.is_canary,
+            start=Start(request_id=request.request_id, token_ids=token_ids, sampling=sampling),
+        )
 
     def _retake(self, request: Request) -> None:
         self._end(request, "waits for prefill")
@@ -543,6 +583,18 @@ class World:
             instance.hear("cancel", content=Cancel(request_ids=[request.request_id]))
 
     # What time does.
+
+    def starts_are_lost(self) -> None:
+        """No accepted request gets its work in time: they are released, and their gateways ask elsewhere."""
+        starts, self.starts = self.starts, []
+        for instance, request, start in starts:
+            for role in instance.assignment.roles:
+                for reserved in role._reserved.values():
+                    reserved.accepted_at -= 2 * START_TIMEOUT_S
+                role.sweep(time.monotonic())
+            if start.request_id == request.request_id and not request.is_over:
+                assert not any(role.start(start) for role in instance.assignment.roles)
+                self._retake(request)
 
     async def step_prefill(self) -> None:
         self.prefill.step()
@@ -564,7 +616,13 @@ class World:
         await self.settle()
 
     async def expire(self) -> None:
-        """The oldest lease ends; if nobody is fetching it, the gateway takes its request again."""
+        """Instances remember no request that found no blocks any more, and the oldest lease ends.
+
+        If nobody is fetching it, the gateway takes its request again.
+        """
+        for instance in self.instances:
+            if instance.assignment.role is not None:
+                instance.role.rejections.expire(FOREVER)
         if self.holder.leases:
             lease_id = next(iter(self.holder.leases))
             self.holder.release(lease_id)
@@ -609,7 +667,7 @@ class World:
         """Whether every request is over, nothing is held, and nobody is on the way to another role."""
         return (
             all(one.is_over for one in self.requests)
-            and not any(one.held or one.assignment.left for one in self.instances)
+            and not any(one.held or one.reserved or one.assignment.left for one in self.instances)
             and not any(one.assignment.state == "changing" for one in self.instances)
             and (self.draining is None or self.draining.done())
         )
@@ -622,6 +680,7 @@ class World:
                 return
             self._staff()
             await self.ask()
+            self.start()
             for instance in self.instances:
                 instance.step()
             await self.transfer()

@@ -186,7 +186,7 @@ async def test_a_holder_that_is_silent_or_gone_is_noticed() -> None:
             port=silent.getsockname()[1],
             num_tokens=1,
             num_bytes=10,
-            expires_at=0,
+            expires_in_s=0,
         )
         with pytest.raises(TransferFailed, match="silent for"):
             await KVFetcher(LAYOUT, 0.2).fetch(ticket, pieces(10), 5.0)
