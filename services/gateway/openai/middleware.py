@@ -61,6 +61,7 @@ class RequestContext:
         self.read_deadline: float | None = state.get("read_deadline")
         self.has_started = False
         self.has_ended = False
+        self._is_disconnected = False
         self._has_unread_body = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
         self._receive = receive
         self._send = send
@@ -72,8 +73,9 @@ class RequestContext:
         return context
 
     async def receive(self) -> Message:
-        """Receives the next part of the request, or its disconnect."""
+        """Receives the next part of the request, or the client's disconnect."""
         message = await self._receive()
+        self._is_disconnected = message["type"] == "http.disconnect"
         self._has_unread_body = self._has_unread_body and message.get("more_body", False)
         return message
 
@@ -107,7 +109,13 @@ class RequestContext:
         return bytes(body) if encoding == "identity" else await asyncio.to_thread(_unzip, body, max_bytes)
 
     async def send(self, message: Message) -> None:
-        """Sends a part of the response, with the headers that all responses have."""
+        """Sends a part of the response, with the headers that all responses have; waits while the client does not read.
+
+        Raises:
+            Cancelled: the client has disconnected.
+        """
+        if self._is_disconnected:
+            raise Cancelled("The client disconnected before its response was complete.")
         if message["type"] == "http.response.start":
             self.has_started = True
             own = [(b"server", f"pdserve/{__version__}".encode()), (b"x-request-id", self.request_id.encode())]
@@ -118,6 +126,8 @@ class RequestContext:
 
     async def fail(self, error: RequestError) -> None:
         """Ends the response with an error: as a response of its own, or as the last event of a stream."""
+        if self._is_disconnected:
+            return
         if self.has_started:
             await self.send({"type": "http.response.body", "body": error_event(error), "more_body": False})
             return
@@ -131,7 +141,7 @@ class RequestContext:
         num_drained = 0
         while self._has_unread_body and num_drained < MAX_DRAINED_BYTES and not isinstance(error, RequestTimeout):
             num_drained += len((await self.receive()).get("body", b""))
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class ApiMiddleware:

@@ -256,9 +256,10 @@ async def test_a_client_that_reads_nothing_is_disconnected(api: ApiContext, core
     async with serving(api, http_write_timeout_s=0.5) as port:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.sendall(post(encoded(body)))
+            client.sendall(post(encoded(body), path="/v1/chat/completions"))
             await eventually(lambda: core.calls and core.calls[0].is_closed)
-    assert api.metrics.requests.labels("completions", "cancelled")._value.get() == 1
+            count = api.metrics.requests.labels("chat", "cancelled")
+            await eventually(lambda: count._value.get() == 1)
 
 
 async def test_web_pages_of_allowed_origins_may_use_the_api(api: ApiContext) -> None:
