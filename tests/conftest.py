@@ -13,7 +13,6 @@ from pdserve.servers import Servers
 from shared.registry import keys
 from tests.harness import System
 
-
 # A busy machine must not fail a test: how long an example takes says nothing about what it checks.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
