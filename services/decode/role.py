@@ -86,7 +86,8 @@ class DecodeRole(AcceptingRole):
             for held in growing:
                 self._want_room(held)
         for gateway_id, for_gateway in by_gateway.items():
-            await self.parts.outbox.tokens(gateway_id, for_gateway)
+            request_ids = [token.request_id for token in for_gateway]
+            await self.guard(request_ids, self.parts.outbox.tokens(gateway_id, for_gateway))
         if growing:
             # Only now: who is given up is told so behind its last token.
             self.room_came_free()

@@ -49,7 +49,7 @@ class PrefillRole(AcceptingRole):
         for token in tokens:
             held = self.holding(token.request_id)
             if held is not None:
-                await self._finish(held, token)
+                await self.guard([held.request_id], self._finish(held, token))
 
     async def _finish(self, held: Held, token: NewToken) -> None:
         """The prompt is done: the token goes out at once; the KV waits to be fetched unless the request has ended."""

@@ -165,14 +165,15 @@ class Role(ABC):
 
     def run(self, request_id: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs work for one request in a task of its own. An exception ends that request, and nothing else."""
-        return self.parts.tasks.create_task(self._run(request_id, work))
+        return self.parts.tasks.create_task(self.guard([request_id], work))
 
-    async def _run(self, request_id: str, work: Coroutine[Any, Any, None]) -> None:
+    async def guard(self, request_ids: list[str], work: Coroutine[Any, Any, None]) -> None:
+        """Does work for some requests. An exception ends these requests, and nothing else."""
         try:
             await work
         except Exception:
-            log.exception("Internal error while handling request %s.", request_id)
-            self.fail_requests([request_id], "an internal error of the instance")
+            log.exception("Internal error while handling %s.", ", ".join(request_ids))
+            self.fail_requests(request_ids, "an internal error of the instance")
 
     def fail_requests(self, request_ids: Iterable[str], why: str) -> None:
         """Fails requests that met a fault of this program."""

@@ -10,28 +10,31 @@ from typing import Any
 
 import pytest
 from opentelemetry.context import Context
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from shared.bus import subjects
 from shared.engine.mock import MockModel
-from shared.errors import ModelRefused
-from shared.instance import body, process
+from shared.errors import ModelRefused, NoResponders, PeerUnavailable, invalid_request
+from shared.instance import body, gateway_watch, process, role
 from shared.instance.body import Body, Loaded
 from shared.instance.process import Instance
 from shared.messages.control import Assign, Assigned
 from shared.messages.records import InstanceRecord
 from shared.messages.records import Role as RoleName
 from shared.messages.serving import (
+    Ask,
     AskReply,
     Cancel,
-    DecodeRequest,
     Failed,
     KVLease,
     Message,
     Moved,
     OutputToken,
+    Ping,
+    Pong,
     Prefilled,
-    PrefillRequest,
+    SlotFreed,
+    Start,
     StepTokens,
 )
 from shared.process import Lifetime
@@ -56,14 +59,18 @@ class Incoming:
     """A message as an instance gets it."""
 
     subject: str
-    content: BaseModel
+    content: BaseModel | bytes
     reply_to: str = ""
-    deadline: float = 1e12
     trace_context: Context = field(default_factory=Context)
     is_no_responders: bool = False
     answer: BaseModel | None = None
 
-    def parse(self, kind: type) -> Any:
+    def parse(self, kind: type[BaseModel]) -> Any:
+        if isinstance(self.content, bytes):
+            try:
+                return kind.model_validate_json(self.content)
+            except ValidationError as error:
+                raise invalid_request(error) from error
         assert isinstance(self.content, kind)
         return self.content
 
@@ -79,6 +86,12 @@ class Bus:
         self.came_back: list[Callable[[], None]] = []
         self.events: asyncio.Queue[Message] = asyncio.Queue()
         self.failed: list[Failed] = []
+        self.slot_freed: list[SlotFreed] = []
+        self.pings: list[tuple[str, Ping]] = []
+        self.ping_error: Exception | None = None
+        """What pings to gateways meet; without, gateways know all that they are asked for but `unknown`."""
+        self.unknown: list[str] = []
+        self.publish_error: Exception | None = None
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         self.came_back.append(callback)
@@ -87,14 +100,27 @@ class Bus:
         self.handlers[subject.removesuffix(".>")] = handler
 
     async def publish(self, subject: str, message: Message, *, no_responders_to: str = "") -> None:
+        if self.publish_error is not None and not isinstance(message, Failed):
+            error, self.publish_error = self.publish_error, None
+            raise error
         if isinstance(message, Failed):
             self.failed.append(message)
+        if isinstance(message, SlotFreed):
+            self.slot_freed.append(message)
+            return
         if subject.startswith(subjects.gateway(GATEWAY, "")):
             self.events.put_nowait(message)
 
-    async def send(self, instance_id: str, verb: str, message: Message) -> BaseModel | None:
+    async def request(self, subject: str, message: Ping, answer: type[Pong], *, timeout_s: float) -> Pong:
+        await asyncio.sleep(0)
+        self.pings.append((subject, message))
+        if self.ping_error is not None:
+            raise self.ping_error
+        return Pong(unknown=[one for one in self.unknown if one in message.request_ids])
+
+    async def send(self, instance_id: str, verb: str, message: Message | bytes) -> BaseModel | None:
         """What the instance answers, if it does."""
-        incoming = Incoming(subjects.instance(instance_id, verb), message)
+        incoming = Incoming(subjects.instance(instance_id, verb), message, reply_to="inbox")
         await self.handlers[subjects.instance(instance_id, "").rstrip(".")](incoming)
         return incoming.answer
 
@@ -220,21 +246,34 @@ class Request:
             for token in event.tokens:
                 self._take(token)
 
-    async def ask(self, name: str, role: RoleName) -> AskReply:
-        record = self.cluster.records.last[name]
-        common = {
-            "request_id": self.request_id,
-            "gateway_id": GATEWAY,
-            "epoch": record.epoch,
-            "fingerprint": record.fingerprint,
-            "token_ids": PROMPT + self.tokens,
-            "num_prompt_tokens": len(PROMPT),
-            "sampling": self.sampling,
-        }
-        message = PrefillRequest(**common) if role == "prefill" else DecodeRequest(**common, lease=self.lease)
-        answer = await self.cluster.bus.send(name, role, message)
+    async def ask(self, name: str, verb: RoleName, *, with_work: bool = True) -> AskReply:
+        question = self.question(name)
+        message = question if with_work else question.model_copy(update={"start": None})
+        answer = await self.cluster.bus.send(name, verb, message)
         assert isinstance(answer, AskReply)
         return answer
+
+    async def start(self, name: str) -> None:
+        """Sends the work of an accepted question."""
+        start = self.question(name).start
+        assert start is not None
+        await self.cluster.bus.send(name, "start", start)
+
+    def question(self, name: str) -> Ask:
+        record = self.cluster.records.last[name]
+        token_ids = PROMPT + self.tokens
+        return Ask(
+            request_id=self.request_id,
+            gateway_id=GATEWAY,
+            epoch=record.epoch,
+            fingerprint=record.fingerprint,
+            num_tokens=len(token_ids),
+            num_prompt_tokens=len(PROMPT),
+            max_tokens=self.sampling.max_tokens,
+            expires_in_s=FOREVER_S,
+            lease=self.lease,
+            start=Start(request_id=self.request_id, token_ids=token_ids, sampling=self.sampling),
+        )
 
     async def cancel(self, name: str) -> None:
         await self.cluster.bus.send(name, "cancel", Cancel(request_ids=[self.request_id]))
@@ -551,7 +590,8 @@ async def test_an_engine_that_fails_ends_the_process_and_gives_all_up(tmp_path: 
         engine.step = fail  # type: ignore[assignment, method-assign]
         await one.running["b"]
         assert "no more memory" in (one.lifetimes["b"].failed or "")
-        assert [(failed.request_id, failed.counts) for failed in one.bus.failed] == [(request.request_id, True)]
+        [failed] = one.bus.failed
+        assert (failed.request_id, failed.counts, failed.in_failed_step) == (request.request_id, True, True)
 
 
 async def test_a_bus_that_comes_back_gives_up_what_is_held_and_what_ended_in_any_role(tmp_path: Path) -> None:
@@ -570,3 +610,253 @@ async def test_a_bus_that_comes_back_gives_up_what_is_held_and_what_ended_in_any
         one.bus.came_back[1]()
         await eventually(lambda: {one.request_id for one in one.bus.failed} == {ended.request_id, held.request_id})
         await eventually(lambda: one.instances["b"].assignment.left == [])
+
+
+async def test_a_failed_step_is_charged_to_no_request_outside_of_the_engine(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        leased = one.request(NUM_TOKENS)
+        await leased.prefill("a")
+        reserved = one.request(NUM_TOKENS)
+        assert (await reserved.ask("a", "prefill", with_work=False)).accepted
+        engine = one.instances["a"].body.engine
+
+        def fail() -> None:
+            raise RuntimeError("no more memory")
+
+        engine.step = fail  # type: ignore[assignment, method-assign]
+        computing = one.request(NUM_TOKENS)
+        assert (await computing.ask("a", "prefill")).accepted
+        await one.running["a"]
+        seen = {failed.request_id: (failed.counts, failed.in_failed_step) for failed in one.bus.failed}
+        assert seen == {
+            leased.request_id: (False, False),
+            reserved.request_id: (False, False),
+            computing.request_id: (True, True),
+        }
+
+
+async def test_the_work_may_follow_the_question(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab") as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        request = one.request(NUM_TOKENS)
+        assert (await request.ask("a", "prefill", with_work=False)).accepted
+        assert one.instances["a"].body.cache.num_free < one.instances["a"].body.cache.num_blocks
+        await request.start("a")
+        event = await one.event()
+        assert isinstance(event, Prefilled)
+        request._take(event.token)
+        request.lease = event.lease
+        assert (await request.ask("b", "decode", with_work=False)).accepted
+        await request.start("b")
+        request.lease = None
+        await request.go_on()
+        assert request.is_done
+        assert one.bus.failed == []
+
+
+async def test_work_that_comes_too_late_fails_without_being_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(role, "START_TIMEOUT_S", 0.0)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        assert (await request.ask("a", "prefill", with_work=False)).accepted
+        await eventually(lambda: one.instances["a"].assignment.roles[0].slots_used == 0)
+        assert one.bus.failed == [], "it is released silently"
+        await request.start("a")
+        [failed] = one.bus.failed
+        assert (failed.request_id, failed.counts) == (request.request_id, False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"expires_in_s":1000.0', b'"expires_in_s":NaN'),
+        (b'"expires_in_s":1000.0', b'"expires_in_s":-1'),
+        (b'"expires_in_s":1000.0', b'"expires_in_s":1e300'),
+        (b'"age_s":0.0', b'"age_s":Infinity'),
+        (b'"num_tokens":50', b'"num_tokens":51'),
+        (b'"epoch":1', b'"epoch":-1'),
+        (b'"lease":null', b'"lease":{}'),
+        (b"{", b""),
+    ],
+)
+async def test_absurd_figures_are_invalid_and_leave_the_instance_intact(tmp_path: Path, old: bytes, new: bytes) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        request = one.request(1)
+        text = request.question("a").model_dump_json().encode()
+        assert old in text
+        answer = await one.bus.send("a", "prefill", text.replace(old, new, 1))
+        assert answer == AskReply(accepted=False, reason="invalid")
+        await request.prefill("a")
+        assert request.is_done
+
+
+async def test_a_forged_lease_is_invalid_and_leaves_the_instance_intact(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "ab") as one:
+        await one.becomes("a", "prefill")
+        await one.becomes("b", "decode")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        lease = request.lease
+        assert lease is not None
+        request.lease = lease.model_copy(update={"num_bytes": 10**12})
+        assert (await request.ask("b", "decode")).reason == "invalid"
+        request.lease = lease
+        await request.decode("b")
+        assert request.is_done
+
+
+async def test_tokens_that_cannot_be_sent_fail_their_request_and_leave_the_instance_intact(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        first, second = one.request(1), one.request(1)
+        one.bus.publish_error = RuntimeError("as the test wants it")
+        assert (await first.ask("a", "prefill")).accepted
+        await eventually(lambda: [failed.request_id for failed in one.bus.failed] == [first.request_id])
+        assert one.bus.failed[0].error.code == "internal_error"
+        assert isinstance(await one.event(), Failed)
+        await second.prefill("a")
+        assert second.is_done
+
+
+async def test_it_says_which_requests_it_does_not_know(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        leased, reserved = one.request(NUM_TOKENS), one.request(NUM_TOKENS)
+        await leased.prefill("a")
+        assert (await reserved.ask("a", "prefill", with_work=False)).accepted
+        ids = [leased.request_id, "other", reserved.request_id]
+        assert await one.bus.send("a", "ping", Ping(sender_id=GATEWAY, request_ids=ids)) == Pong(unknown=["other"])
+        await one.becomes("a", "decode")
+        assert await one.bus.send("a", "ping", Ping(sender_id=GATEWAY, request_ids=ids[:1])) == Pong()
+        await leased.cancel("a")
+
+
+@pytest.mark.parametrize("error", [NoResponders("nobody"), PeerUnavailable("no answer"), None])
+async def test_only_a_gateway_without_subscription_loses_its_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr(gateway_watch, "PING_INTERVAL_S", 0.02)
+    monkeypatch.setattr(gateway_watch, "DEAD_AFTER_S", 0.05)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        one.bus.ping_error = error
+        num_pings = len(one.bus.pings)
+        if isinstance(error, NoResponders):
+            await eventually(lambda: one.records.last["a"].slots_used == 0)
+        else:
+            await eventually(lambda: len(one.bus.pings) > num_pings + 5)
+            assert one.records.last["a"].slots_used == 1
+            await request.cancel("a")
+        assert one.bus.pings[0][0] == subjects.gateway(GATEWAY, "ping")
+        assert one.bus.pings[0][1].sender_id == "a"
+        assert one.bus.failed == []
+
+
+async def test_a_forged_report_that_a_gateway_is_gone_releases_nothing(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        request = one.request(NUM_TOKENS)
+        await request.prefill("a")
+        num_pings = len(one.bus.pings)
+        for _ in range(20):
+            await one.bus.send("a", subjects.gone(GATEWAY), b"")
+            await one.bus.send("a", subjects.gone("stranger"), b"")
+        await eventually(lambda: len(one.bus.pings) > num_pings)
+        assert one.instances["a"].assignment.roles[0].slots_leased == 1
+        assert {subject for subject, _ in one.bus.pings} == {subjects.gateway(GATEWAY, "ping")}
+        await request.cancel("a")
+
+
+async def test_a_request_that_its_gateway_does_not_know_is_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_watch, "PING_INTERVAL_S", 0.02)
+    monkeypatch.setattr(role, "UNCHANGED_AFTER_S", 0.1)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        known, unknown = one.request(NUM_TOKENS), one.request(NUM_TOKENS)
+        await known.prefill("a")
+        await unknown.prefill("a")
+        one.bus.unknown = [unknown.request_id]
+        await eventually(lambda: one.records.last["a"].slots_used == 1)
+        assert one.instances["a"].assignment.knows(known.request_id)
+        assert one.bus.failed == []
+        await known.cancel("a")
+
+
+async def test_the_record_has_a_version_for_each_change_and_what_prompts_cost(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a", mock_times="prefill=0.1ms/token,step=1ms,transfer=0ms") as one:
+        versions = [one.records.last["a"].state_version]
+        for name in ("prefill", "decode", "prefill"):
+            await one.becomes("a", name)  # type: ignore[arg-type]
+            versions.append(one.records.last["a"].state_version)
+        assert versions == sorted(set(versions))
+        assert one.records.last["a"].prefill_token_s == 0.0
+        await one.request(1).prefill("a")
+        await eventually(lambda: one.records.last["a"].prefill_token_s > 0)
+        assert one.records.last["a"].max_step_tokens == 512
+        assert one.records.last["a"].state_version == versions[-1]
+
+
+async def test_of_16_prompts_of_a_second_neither_of_two_instances_has_more_than_one_that_it_has_not_begun(
+    tmp_path: Path,
+) -> None:
+    """Prompts of 1,000 tokens of 0.1 ms, in steps of 64: a gateway asks whenever it is told that a slot is free."""
+    prompts = [[(number * 131 + position * 7) % VOCAB_SIZE for position in range(1000)] for number in range(16)]
+    times = "prefill=0.1ms/token,step=1ms,transfer=0ms"
+    async with cluster(tmp_path, "ab", mock_times=times, max_step_tokens=64, prefill_slots=16) as one:
+        waiting = list(range(len(prompts)))
+        most_not_begun = dict.fromkeys("ab", 0)
+        num_idle = dict.fromkeys("ab", 0)
+        num_done = 0
+
+        async def ask(name: str) -> None:
+            if not waiting:
+                return
+            record = one.records.last[name]
+            number = waiting[0]
+            start = Start(request_id=f"p{number}", token_ids=prompts[number], sampling=SamplingParams(max_tokens=1))
+            question = Ask(
+                request_id=start.request_id,
+                gateway_id=GATEWAY,
+                epoch=record.epoch,
+                fingerprint=record.fingerprint,
+                num_tokens=1000,
+                num_prompt_tokens=1000,
+                max_tokens=1,
+                expires_in_s=FOREVER_S,
+                start=start,
+            )
+            answer = await one.bus.send(name, "prefill", question)
+            assert isinstance(answer, AskReply)
+            assert answer.reason in (None, "busy")
+            if answer.accepted:
+                waiting.remove(number)
+                await ask(name)
+            held = one.instances[name].assignment.roles[0]._held.values()
+            not_begun = sum(each.sequence.num_planned_tokens == 0 for each in held)
+            most_not_begun[name] = max(most_not_begun[name], not_begun)
+
+        for name in "ab":
+            await one.becomes(name, "prefill")
+            for _ in range(3):
+                await ask(name)
+        while num_done < len(prompts):
+            while one.bus.slot_freed:
+                await ask(one.bus.slot_freed.pop(0).instance_id)
+            if not one.bus.events.empty():
+                done = one.bus.events.get_nowait()
+                assert isinstance(done, Prefilled)
+                num_done += 1
+                num_idle[done.instance_id] += bool(waiting) and not one.instances[done.instance_id].body.engine.has_work
+            await asyncio.sleep(0)
+        assert most_not_begun == {"a": 1, "b": 1}
+        assert num_idle == {"a": 0, "b": 0}
