@@ -151,7 +151,9 @@ class HttpConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.max_connections:
+        if len(self.connections) > 2 * self._limits.max_connections:
+            self._abort()  # even rejected ones are too many
+        elif len(self.connections) > self._limits.max_connections:
             message = f"This gateway has {self._limits.max_connections} connections and takes no more: try again."
             self._reject(Overloaded(message, retry_after_s=RETRY_AFTER_S))
         else:

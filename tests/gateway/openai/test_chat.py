@@ -1,8 +1,11 @@
 import asyncio
+import json
 
 import httpx
 from openai import AsyncOpenAI
 
+from services.gateway.api import ApiContext
+from services.gateway.openai.app import create_app
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import MODEL, ids_of
 from tests.gateway.openai.fake_core import FakeCore
@@ -197,3 +200,43 @@ async def test_the_stream_on_the_wire(http: httpx.AsyncClient) -> None:
     assert response.headers["server"].startswith("pdserve/")
     assert len(response.headers["x-request-id"]) == 32
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_tokens_that_arrive_together_are_written_together(api: ApiContext, core: FakeCore) -> None:
+    """One write per step and stream; more only of what has waited for a slow client."""
+    gate = asyncio.Event()
+    core.script = lambda call: [10, 11, gate, *[12] * 50]
+    written: list[bytes] = []
+    body = [json.dumps({"model": MODEL, "messages": USER, "stream": True, "n": 2}).encode()]
+    gone = asyncio.Event()
+
+    async def receive() -> dict[str, object]:
+        if not body:
+            await gone.wait()
+        return {"type": "http.request", "body": body.pop(), "more_body": False}
+
+    async def send(message: dict[str, object]) -> None:
+        if message["type"] == "http.response.body":
+            written.append(message["body"])  # type: ignore[arg-type]
+            gate.set()
+
+    headers = [(b"content-length", str(len(body[0])).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    await create_app(api)(scope, receive, send)  # type: ignore[arg-type]
+    assert [chunk.count(b"data: ") for chunk in written] == [4, 101]
+    assert written[1].endswith(b"data: [DONE]\n\n")
+
+
+async def test_tokens_after_a_stop_string_are_not_counted(
+    client: AsyncOpenAI, core: FakeCore, tokenizer: Tokenizer
+) -> None:
+    first, *others = ids_of(tokenizer, "Once upon a time there was a fox")
+    core.script = lambda call: [first, *others, *[first] * 600, asyncio.Event(), 10]
+    stream = await client.chat.completions.create(
+        model=MODEL, messages=USER, stop=" there", stream=True, stream_options={"include_usage": True}, max_tokens=2000
+    )
+    *texts, last = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in texts) == "Once upon a time"
+    assert last.usage is not None
+    assert last.usage.completion_tokens < 20
+    assert core.calls[0].is_finished

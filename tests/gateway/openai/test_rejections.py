@@ -1,5 +1,6 @@
 """Every kind of bad request: the status, the field at fault, and that the sentence says what is wrong."""
 
+import threading
 from collections.abc import AsyncIterator
 
 import httpx
@@ -8,6 +9,8 @@ import pytest_asyncio
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
 from services.gateway.api import ApiContext
+from services.gateway.openai import handler
+from services.gateway.openai.schemas import parse_request
 from services.gateway.telemetry import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import MODEL, serving
@@ -65,6 +68,10 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content", "list of text parts"),
     ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages.0.x", "unknown"),
     ({"messages": [{"role": "user", "content": "fox " * 5000}]}, "messages", "context is 4096 tokens"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "list of text parts"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages.0.tool_calls", "empty"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning": "b"}]}, "messages.0.reasoning", "empty"),
+    ({"messages": [{"role": "user", "content": "a"}] * 10_001}, "messages", "10000 messages at most, and has 10001"),
     ({"max_tokens": 0}, "max_tokens", "but it is 0"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "but it is 0"),
     ({"max_tokens": 5000}, "max_tokens", "together 50"),
@@ -140,6 +147,33 @@ async def test_bad_chats(
 
 
 @pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        ({"tool_calls": []}, {}),
+        ({"tool_calls": None, "function_call": None}, {}),
+        ({"reasoning_content": None}, {}),
+        ({"reasoning_content": "", "reasoning": ""}, {}),
+        ({"annotations": [], "audio": None, "refusal": None}, {}),
+        ({"a_field_of_another_server": {}}, {}),
+        ({"content": None}, {}),
+        ({"name": None}, {}),
+        ({}, {"top_logprobs": 0}),
+        ({}, {"logprobs": False, "top_logprobs": 0}),
+    ],
+)
+async def test_histories_of_other_servers_are_accepted(
+    http: httpx.AsyncClient, core: FakeCore, message: dict[str, object], fields: dict[str, object]
+) -> None:
+    user = {"role": "user", "content": "Hi"}
+    history = [user, {"role": "assistant", "content": "Hello", **message}, user]
+    response = await http.post("/v1/chat/completions", json={"model": MODEL, "messages": history, **fields})
+    assert response.status_code == 200, response.text
+    without = [user, {"role": "assistant", "content": "" if "content" in message else "Hello"}, user]
+    await http.post("/v1/chat/completions", json={"model": MODEL, "messages": without})
+    assert core.calls[0].prompt_token_ids == core.calls[1].prompt_token_ids
+
+
+@pytest.mark.parametrize(
     ("body", "says"),
     [
         (b'{"model": "demo",}', "trailing comma at line 1 column 18"),
@@ -164,6 +198,22 @@ async def test_a_large_bad_body_is_rejected_fast(http: httpx.AsyncClient) -> Non
         response = await http.post("/v1/chat/completions", json={"model": MODEL, **body}, timeout=2)
         assert response.status_code == 400
         assert len(response.content) < 1000
+
+
+async def test_a_large_body_is_parsed_in_a_thread(
+    http: httpx.AsyncClient, core: FakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def parse(*args: object) -> object:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parse_request(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(handler, "parse_request", parse)
+    for size in (1000, 300_000):
+        body = {"model": MODEL, "prompt": "Hi", "user": "x" * size}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert threads == [True, False]
 
 
 async def test_a_context_that_is_too_small_has_its_own_code(client: AsyncOpenAI, core: FakeCore) -> None:
