@@ -146,12 +146,14 @@ class ReplyInbox:
     async def _send_again(self) -> None:
         """Sends from the first lost message on, until all were received or the client is considered gone."""
         try:
-            while self._first_lost is not None:
-                await asyncio.sleep(SEND_AGAIN_S)
-                if time.monotonic() - self._reconnected_at > CLIENT_RETURNS_S:
-                    self._end()
-                    return
-                position, self._first_lost = self._first_lost, None
+            position = self._num_sent
+            while self._first_lost is not None or position < self._num_sent:
+                if self._first_lost is not None:
+                    await asyncio.sleep(SEND_AGAIN_S)
+                    if time.monotonic() - self._reconnected_at > CLIENT_RETURNS_S:
+                        self._end()
+                        return
+                    position, self._first_lost = self._first_lost, None
                 while position < self._num_sent:
                     await self._publish(position, self._kept[position - self._first_kept].message)
                     position += 1
