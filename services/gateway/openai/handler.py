@@ -31,8 +31,6 @@ LARGE_BODY_BYTES = 256 * 2**10
 """Larger bodies are parsed in a thread, so that other streams go on."""
 MAX_TOKENS_PER_WRITE = 256
 """Of tokens that have waited for a slow client, so that what is written together stays small."""
-FIELDS_BY_HEADER = {"scenario": "x-scenario", "priority": "x-priority"}
-"""Fields that a proxy may set without reading the body."""
 
 Json = dict[str, object]
 
@@ -152,18 +150,14 @@ class Handler(Generic[Schema]):
             if self._answers is None or "idempotency-key" not in context.headers:
                 await self._serve(context, body, send)
             else:
-                await self._answers.follow(
-                    scope["path"], context.headers, body, partial(self._serve, context, body), send
-                )
+                serve = partial(self._serve, context, body)
+                await self._answers.follow(scope["path"], context.headers, body, serve, send)
 
     async def _serve(self, context: RequestContext, body: bytes, send: Send) -> None:
         timeout_s = self._api.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s + GRACE_S):
-                defaults = {
-                    key: context.headers[name] for key, name in FIELDS_BY_HEADER.items() if name in context.headers
-                }
-                parse = partial(parse_request, self._schema, body, defaults)
+                parse = partial(parse_request, self._schema, body, context.headers)
                 request = await asyncio.to_thread(parse) if len(body) > LARGE_BODY_BYTES else parse()
                 completion = await self._prepare(self._api, context, request)
                 try:

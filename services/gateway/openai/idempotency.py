@@ -190,9 +190,11 @@ class IdempotentAnswers:
                 self._unfollow(answer)
 
     def close(self) -> None:
-        """Cancels all answers that are still generated."""
+        """Cancels all answers that are still generated, and drops the others."""
         for answer in list(self._running):
             answer.cancel()
+        for answer in list(self._answers.values()):
+            self._forget(answer)
 
     def _find_or_start(self, path: str, headers: Mapping[str, str], body: bytes, serve: Serve) -> Answer:
         key = headers["idempotency-key"]

@@ -21,6 +21,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_CHOSEN_TOKENS = 1024
 
+FIELDS_BY_HEADER = {"scenario": "x-scenario", "priority": "x-priority"}
+"""Fields that a proxy may set without reading the body."""
 IGNORED = frozenset(
     {
         "metadata",
@@ -74,11 +76,8 @@ Schema = TypeVar("Schema", bound="GenerationFields")
 Prompts: TypeAlias = list[str | list[int]]
 
 
-def parse_request(schema: type[Schema], body: bytes, defaults: Mapping[str, object]) -> Schema:
-    """Parses a JSON body and checks it.
-
-    Args:
-        defaults: fields that headers gave; those in the body win.
+def parse_request(schema: type[Schema], body: bytes, headers: Mapping[str, str]) -> Schema:
+    """Parses a JSON body and checks it. Fields of the body win over those that headers give.
 
     Raises:
         InvalidRequest: the first fault, by the field's name.
@@ -91,8 +90,9 @@ def parse_request(schema: type[Schema], body: bytes, defaults: Mapping[str, obje
         raise InvalidRequest(
             f"The body must be a JSON object, but at line 1 column 1 a {type(content).__name__} begins."
         )
+    given = {field: headers[name] for field, name in FIELDS_BY_HEADER.items() if name in headers}
     try:
-        return schema.model_validate({**defaults, **supported_fields(content)})
+        return schema.model_validate({**given, **supported_fields(content)})
     except ValidationError as error:
         raise invalid_request(error) from error
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 import pytest
@@ -14,6 +14,9 @@ from services.gateway.api import ApiContext
 from services.gateway.openai import idempotency
 from services.gateway.openai.idempotency import Answer
 from shared.errors import InstanceFailed, NoInstance, RegistryUnavailable, SlowClient
+from shared.messages.records import GatewayRecord
+from shared.registry import registry
+from shared.registry.idempotency import RedisIdempotencyIndex
 from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore
 from tests.harness import eventually, free_port
@@ -231,8 +234,6 @@ async def two_gateways(
     claims: dict[str, str] = {}
     ports = [free_port(), free_port()]
     first, second = (Index(f"http://127.0.0.1:{port}", claims) for port in ports)
-    from dataclasses import replace
-
     other = replace(api, core=FakeCore(script=lambda call: [20, 21]))
     async with (
         serving(api, first, http_port=ports[0]),
@@ -311,6 +312,45 @@ async def test_a_gateway_that_dies_while_its_answer_is_fetched(
         assert "send the request again with the same key" in answer.text
     else:
         assert answer.text.endswith("data: [DONE]\n\n")
+
+
+async def test_gateways_find_each_others_answers_in_redis(api: ApiContext, core: FakeCore, redis_url: str) -> None:
+    ports = [free_port(), free_port()]
+    other_core = FakeCore(script=lambda call: [20, 21])
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=10.0) as records:
+        indexes = []
+        for port in ports:
+            address = f"http://127.0.0.1:{port}"
+            await records.write_gateway(record_of(f"gateway-{port}", address))
+            indexes.append(RedisIdempotencyIndex(records, f"gateway-{port}", address, ttl_s=600.0))
+        async with (
+            serving(api, indexes[0], http_port=ports[0]),
+            serving(replace(api, core=other_core), indexes[1], http_port=ports[1]),
+            httpx.AsyncClient(trust_env=False) as http,
+        ):
+            urls = [f"http://127.0.0.1:{port}{PATH}" for port in ports]
+            first, second = [await http.post(url, json=TEXT, headers=KEY) for url in urls]
+            assert first.text == second.text
+            assert (len(core.calls), other_core.calls) == (1, [])
+            await http.post(urls[0], json=TEXT, headers={"idempotency-key": "key 2"})
+            await records.remove_gateway(record_of(f"gateway-{ports[0]}", urls[0]))
+            answer = await http.post(urls[1], json=TEXT, headers={"idempotency-key": "key 2"})
+            assert answer.status_code == 200
+            assert len(other_core.calls) == 1
+
+
+def record_of(gateway_id: str, address: str) -> GatewayRecord:
+    return GatewayRecord(
+        id=gateway_id,
+        pid=1,
+        host="here",
+        version="1",
+        started_at=0.0,
+        heartbeat=1,
+        address=address,
+        open_requests=0,
+        waiting_requests=0,
+    )
 
 
 async def test_without_the_index_answers_are_computed_here(api: ApiContext, core: FakeCore) -> None:
