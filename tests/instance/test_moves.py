@@ -460,6 +460,22 @@ def test_short_prompts_are_accepted_together(small_blocks: Served) -> None:
     asyncio.run(live())
 
 
+def test_a_decode_instance_computes_no_more_prompts_than_fit_into_its_next_step(small_blocks: Served) -> None:
+    """Steps of 20 tokens: one prompt of 50 begins there, and another goes to the prefill instance."""
+
+    async def live() -> None:
+        async with world(small_blocks, **ROOMY) as one:
+            prompts = [prompt_of(50, seed) for seed in range(2)]
+            first, second = (one.arrive(prompt, small_blocks.greedy(prompt, 3), is_local=True) for prompt in prompts)
+            await one.ask()
+            assert (first.holders, second.holders) == ({one.decode}, {one.prefill})
+            assert one.refusals["decode", "decode", second.gateway_id] == 1
+            await until(one, lambda: len(first.tokens) == 1)
+            assert one.decode.role.capacity().tokens_free == 20 - 1, "a decode takes one token of each step"
+
+    asyncio.run(live())
+
+
 def test_a_reserved_prompt_counts_until_its_work_comes(small_blocks: Served) -> None:
     async def live() -> None:
         async with world(small_blocks, prefill_blocks=100, decode_blocks=9) as one:

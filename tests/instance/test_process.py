@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from shared.bus import subjects
 from shared.engine.mock import MockModel
+from shared.engine.scheduler import StepPlan
 from shared.errors import ModelRefused, NoResponders, PeerUnavailable, invalid_request
-from shared.instance import body, gateway_watch, process, role
+from shared.instance import accepting, body, gateway_watch, process, role
 from shared.instance.body import Body, Loaded
 from shared.instance.process import Instance
 from shared.messages.control import Assign, Assigned
@@ -636,6 +637,47 @@ async def test_a_failed_step_is_charged_to_no_request_outside_of_the_engine(tmp_
         }
 
 
+async def test_a_sequence_that_the_engine_drops_fails_its_request_only(tmp_path: Path) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        engine = one.instances["a"].body.engine
+        compute = engine._compute
+        dropped = ["r1"]
+
+        def drop_one(plan: StepPlan) -> list[Any]:
+            return [(each, None if each.request_id in dropped else choice) for each, choice in compute(plan)]
+
+        engine._compute = drop_one  # type: ignore[method-assign]
+        first, second = one.request(1), one.request(1)
+        assert (await first.ask("a", "prefill")).accepted
+        failed = await one.event()
+        assert isinstance(failed, Failed)
+        assert (failed.request_id, failed.counts) == ("r1", True)
+        assert "not finite" in failed.error.message
+        await second.prefill("a")
+        assert second.is_done
+        await eventually(lambda: one.records.last["a"].slots_used == 0)
+
+
+async def test_the_next_gateway_is_told_if_the_one_before_does_not_use_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "NOTIFY_NEXT_AFTER_S", 0.01)
+    async with cluster(tmp_path, "a", prefill_slots=1) as one:
+        await one.becomes("a", "prefill")
+        leased = one.request(NUM_TOKENS)
+        await leased.prefill("a")
+        for gateway_id in ("g1", "g2", "g3"):
+            question = one.request(1).question("a").model_copy(update={"gateway_id": gateway_id})
+            answer = await one.bus.send("a", "prefill", question)
+            assert isinstance(answer, AskReply)
+            assert (answer.reason, answer.capacity.slots_free) == ("no_slot", 0)
+        assert one.bus.slot_freed == []
+        await leased.cancel("a")
+        await eventually(lambda: len(one.bus.slot_freed) == 3)
+        assert [each.capacity.slots_free for each in one.bus.slot_freed] == [1, 1, 1]
+
+
 async def test_the_work_may_follow_the_question(tmp_path: Path) -> None:
     async with cluster(tmp_path, "ab") as one:
         await one.becomes("a", "prefill")
@@ -795,8 +837,9 @@ async def test_a_request_that_its_gateway_does_not_know_is_released(
 async def test_the_record_has_a_version_for_each_change_and_what_prompts_cost(tmp_path: Path) -> None:
     async with cluster(tmp_path, "a", mock_times="prefill=0.1ms/token,step=1ms,transfer=0ms") as one:
         versions = [one.records.last["a"].state_version]
-        for name in ("prefill", "decode", "prefill"):
-            await one.becomes("a", name)  # type: ignore[arg-type]
+        roles: list[RoleName] = ["prefill", "decode", "prefill"]
+        for name in roles:
+            await one.becomes("a", name)
             versions.append(one.records.last["a"].state_version)
         assert versions == sorted(set(versions))
         assert one.records.last["a"].prefill_token_s == 0.0
