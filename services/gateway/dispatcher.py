@@ -41,6 +41,8 @@ TTFT_SLACK = 0.05
 """The share of the TTFT objective that is left for the way of the first token."""
 LOCAL_PREFILL_WAIT_S = 0.05
 """How long a short prompt waits for a decode instance that computes it itself, before it goes to prefill."""
+COMPLETE_WITHIN_S = 1.0
+"""How long a request whose last token has arrived may take to be counted, before its task is cancelled."""
 RETRY_PAUSE_S = 0.05
 RETRY_PAUSE_MAX_S = 1.0
 
@@ -105,11 +107,13 @@ class Dispatcher:
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for request in requests:
+            for request, task in zip(requests, tasks, strict=True):
                 del self._tasks[request]
+                if not request.is_complete:
+                    task.cancel()
+            _, running = await asyncio.wait(tasks, timeout=COMPLETE_WITHIN_S)
+            for task in running:
+                task.cancel()
 
     def finish(self, request: Request) -> None:
         """Stops generating for a request that has all it needs, as after a stop string."""
@@ -188,7 +192,7 @@ class Dispatcher:
             if decode is None:
                 lease = await self._prefill(request, group)
             else:
-                lease = await self._receive_tokens(request, group, decode, None, time.monotonic())
+                lease = await self._receive_tokens(request, group, decode, None)
             while lease is not None:
                 lease = await self._decode(request, group, lease)
         except NoCandidate as error:
@@ -196,9 +200,9 @@ class Dispatcher:
 
     async def _prefill(self, request: Request, group: Group) -> KVLease | None:
         """Waits for a prefill instance and for its first token; returns the lease on the KV unless it is all done."""
+        is_first = not request.has_started
         prefill = await self._acquire_prefill(request, group)
         accepted_at = time.monotonic()
-        is_first = not request.has_started
         event = await request.next_event(self._settings.token_timeout_s)
         if not isinstance(event, Prefilled):
             raise AttemptFailed(f"expected the end of prefill but received {event}", instance_id=prefill.id)
@@ -240,6 +244,7 @@ class Dispatcher:
     async def _decode(self, request: Request, group: Group, lease: KVLease) -> KVLease | None:
         """Waits for a decode instance and its tokens; returns a lease if it moves the request to another one."""
         until = min(request.deadline, time.monotonic() + lease.expires_in_s)
+        request.expect_decode(lease.instance_id)
         acquiring = asyncio.ensure_future(self._acquire(request, group, "decode", until, lease=lease))
         try:
             # The instance that keeps the KV may fail meanwhile: then nobody needs to wait for decode any more.
@@ -250,29 +255,27 @@ class Dispatcher:
             message = "no decode instance had a free slot before the lease on the KV expired"
             raise AttemptFailed(message, counts=False) from error
         self._instances.transfer_started(lease.instance_id, decode.id)
-        return await self._receive_tokens(request, group, decode, lease, time.monotonic())
+        return await self._receive_tokens(request, group, decode, lease)
 
     async def _receive_tokens(
-        self, request: Request, group: Group, decode: InstanceRecord, lease: KVLease | None, accepted_at: float
+        self, request: Request, group: Group, decode: InstanceRecord, lease: KVLease | None
     ) -> KVLease | None:
         """Waits while a decode instance's tokens reach the output, until the last one or until it moves the request."""
-        is_first = not request.has_started
-        num_before = request.num_output_tokens
-        request.expect_decode()
+        accepted_at = time.monotonic()
         event = await request.next_event(self._settings.token_timeout_s)
         if lease is not None:
             await self._fetched(request, group, lease, decode.id)
         if isinstance(event, DecodeStarted):
             started_at = time.monotonic()
-            if is_first:
+            if event.num_tokens_before == 0:
                 self._first_token(request, group, event.num_cached_tokens)
+            num_before = event.num_tokens_before
             event = await request.next_event(self._settings.token_timeout_s)
             if lease is not None and isinstance(event, Finished):
                 num_gaps = request.num_output_tokens - num_before - 1
                 gap_s = (time.monotonic() - started_at) / max(1, num_gaps)
                 self.queues(group).latencies.observe_decode(started_at - accepted_at, gap_s)
         if isinstance(event, Finished):
-            self._router.leave(request, decode.id)
             return None
         if not isinstance(event, Moved):
             raise AttemptFailed(f"expected tokens but received {event}", instance_id=decode.id)
@@ -293,6 +296,7 @@ class Dispatcher:
         is_needed = self._is_at_decode_only(request, group)
         if not is_needed and not self._is_quicker_at_decode(request, group):
             return None
+        request.expect_decode()
         until = request.deadline
         if not is_needed:
             until = min(until, time.monotonic() + LOCAL_PREFILL_WAIT_S)

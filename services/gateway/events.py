@@ -64,7 +64,12 @@ class EventRouter:
     async def leave_and_cancel(self, request: Request, instance_id: str) -> None:
         """Ends an instance's participation and tells it to release the request."""
         self.leave(request, instance_id)
-        await self._cancel(instance_id, [request.attempt_id])
+        await self.cancel(instance_id, [request.attempt_id])
+
+    async def cancel(self, instance_id: str, attempt_ids: list[str]) -> None:
+        """Tells an instance to release attempts."""
+        if attempt_ids:
+            await self._bus.publish(subjects.instance(instance_id, "cancel"), Cancel(request_ids=attempt_ids))
 
     def num_open(self, instance_id: str) -> int:
         """Returns the number of this gateway's requests in which the instance participates."""
@@ -90,14 +95,14 @@ class EventRouter:
         requests = self._by_instance.get(instance_id, ())
         return [request.attempt_id for request in requests if request.last_event_at < before]
 
-    def lose(self, instance_id: str, why: str) -> int:
-        """Fails every attempt in which a lost instance participates; returns their number."""
+    def lose(self, instance_id: str, why: str) -> list[str]:
+        """Fails every attempt in which a lost instance participates; returns their ids."""
         requests = list(self._by_instance.get(instance_id, ()))
         for request in requests:
             failure = AttemptFailed(f"{instance_id} {why}", instance_id=instance_id, in_failed_step=True)
             request.push_event(failure)
             self.leave(request, instance_id)
-        return len(requests)
+        return [request.attempt_id for request in requests]
 
     def drop(self, instance_id: str, attempt_ids: Iterable[str]) -> None:
         """Fails attempts that a participant has said it does not know."""
@@ -128,7 +133,7 @@ class EventRouter:
             moved = incoming.parse(Moved)
             request = self._request(moved.instance_id, moved.request_id)
             if request is None:
-                await self._cancel(moved.instance_id, [moved.request_id])
+                await self.cancel(moved.instance_id, [moved.request_id])
             else:
                 request.push_event(moved)
         elif verb == "failed":
@@ -147,7 +152,9 @@ class EventRouter:
                 unknown.append(token.request_id)
             else:
                 request.push_token(step.instance_id, token)
-        await self._cancel(step.instance_id, unknown)
+                if request.is_complete:
+                    self.leave(request, step.instance_id)
+        await self.cancel(step.instance_id, unknown)
 
     async def _on_prefilled(self, prefilled: Prefilled) -> None:
         self.heard(prefilled.instance_id)
@@ -155,7 +162,7 @@ class EventRouter:
         if request is not None:
             request.push_prefilled(prefilled)
         elif prefilled.lease is not None:
-            await self._cancel(prefilled.instance_id, [prefilled.token.request_id])
+            await self.cancel(prefilled.instance_id, [prefilled.token.request_id])
 
     def _on_failed(self, failed: Failed) -> None:
         self.heard(failed.instance_id)
@@ -180,7 +187,3 @@ class EventRouter:
         """Returns the open request of an attempt if the instance participates in it."""
         request = self._requests.get(attempt_id)
         return request if request is not None and instance_id in request.participants else None
-
-    async def _cancel(self, instance_id: str, attempt_ids: list[str]) -> None:
-        if attempt_ids:
-            await self._bus.publish(subjects.instance(instance_id, "cancel"), Cancel(request_ids=attempt_ids))

@@ -75,8 +75,9 @@ class InstanceClient:
         self._full_until = 0.0
         self._full_s = FULL_FIRST_S / 2
         self._answer_s = HEDGE_MIN_S / HEDGE_FACTOR
-        self._asks: dict[asyncio.Future[AskReply], int] = {}
+        self._questions: dict[asyncio.Task[None], int] = {}
         """Questions under way, with the prompt tokens that they are about."""
+        self._replies: set[asyncio.Future[AskReply]] = set()
 
     @property
     def hedge_after_s(self) -> float:
@@ -88,9 +89,14 @@ class InstanceClient:
         if self.is_lost or now < self._full_until or not self.breaker.allows(now):
             return False
         if now - self.capacity_at > CAPACITY_FRESH_S:
-            return not self._asks
-        has_tokens = role == "decode" or sum(self._asks.values()) < self.capacity.tokens_free
-        return not self._asks or (len(self._asks) < self.capacity.slots_free and has_tokens)
+            return not self._questions
+        has_tokens = role == "decode" or sum(self._questions.values()) < self.capacity.tokens_free
+        return not self._questions or (len(self._questions) < self.capacity.slots_free and has_tokens)
+
+    def count_question(self, question: asyncio.Task[None], num_tokens: int) -> None:
+        """Counts a question from before it is sent until its task has ended."""
+        self._questions[question] = num_tokens
+        question.add_done_callback(self._questions.pop)
 
     def accepts_surely(self, role: Role, now: float) -> bool:
         """Returns whether acceptance is almost certain, so that the work travels with the question."""
@@ -112,7 +118,7 @@ class InstanceClient:
         self.breaker.started(started_at)
         request = self._bus.request(subjects.instance(self.instance_id, role), ask, AskReply, timeout_s=timeout_s)
         asking = asyncio.ensure_future(request)
-        self._asks[asking] = ask.num_tokens
+        self._replies.add(asking)
         try:
             reply = await asking
         except asyncio.CancelledError:
@@ -124,7 +130,7 @@ class InstanceClient:
             raise
         finally:
             asking.cancel()
-            del self._asks[asking]
+            self._replies.discard(asking)
         self._answer_s += ANSWER_TIME_ALPHA * (time.monotonic() - started_at - self._answer_s)
         self._learn(reply.capacity)
         if not reply.accepted:
@@ -146,7 +152,7 @@ class InstanceClient:
         """Ends all waiting for its answers."""
         self.is_lost = True
         self.capacity_at = 0.0
-        for asking in self._asks:
+        for asking in self._replies:
             asking.cancel()
 
     async def start(self, start: Start) -> None:

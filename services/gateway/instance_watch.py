@@ -50,6 +50,7 @@ class Instances:
         self._pings: dict[str, asyncio.Task[None]] = {}
         self._reconciled_at: dict[str, float] = {}
         self._pinged_lost_at = 0.0
+        self._cancelling: set[asyncio.Task[None]] = set()
 
     def client(self, instance_id: str) -> InstanceClient:
         found = self._clients.get(instance_id)
@@ -108,8 +109,12 @@ class Instances:
         if client.is_lost:
             return
         client.lost()
-        num_requests = self._router.lose(instance_id, why)
-        log.warning("instance %s %s: moving its %d requests", instance_id, why, num_requests)
+        attempt_ids = self._router.lose(instance_id, why)
+        log.warning("instance %s %s: moving its %d requests", instance_id, why, len(attempt_ids))
+        # One that only was out of reach or stopped releases them as soon as it reads this.
+        cancelling = asyncio.create_task(self._router.cancel(instance_id, attempt_ids))
+        self._cancelling.add(cancelling)
+        cancelling.add_done_callback(self._cancelling.discard)
         self._on_lost(instance_id)
 
     def found(self, instance_id: str) -> None:

@@ -55,6 +55,7 @@ class DecodeStarted:
     """
 
     instance_id: str
+    num_tokens_before: int
     num_cached_tokens: int = 0
 
 
@@ -128,7 +129,8 @@ class Request:
         participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
         failed_at: instances that failed it since its last token: others are preferred.
         num_failures: attempts that failed since its last token, as far as they count.
-        is_finished: whether it has all the tokens it needs.
+        is_complete: whether its last token has arrived.
+        is_finished: whether it has all the tokens it needs, be they all or not.
     """
 
     id: str
@@ -148,11 +150,13 @@ class Request:
     participants: set[str] = field(default_factory=set)
     failed_at: set[str] = field(default_factory=set)
     num_failures: int = 0
+    is_complete: bool = False
     is_finished: bool = False
     last_event_at: float = field(default_factory=time.monotonic)
     _events: deque[Event | Exception] = field(default_factory=deque)
     _waiter: asyncio.Future[None] | None = None
     _decode_is_new: bool = False
+    _source_id: str | None = None
     _num_tokens_at_failure: int = -1
     _shared_a_failure: bool = False
 
@@ -183,24 +187,25 @@ class Request:
         self._decode_is_new = False
         self.last_event_at = time.monotonic()
 
-    def expect_decode(self) -> None:
-        """The next token is the first of another decode instance, which `DecodeStarted` announces."""
+    def expect_decode(self, source_id: str | None = None) -> None:
+        """Lets `DecodeStarted` announce the next token that does not come from the source of the KV."""
         self._decode_is_new = True
+        self._source_id = source_id
 
     def push_token(self, instance_id: str, token: OutputToken) -> None:
         """Takes a token of the current attempt. Duplicates are dropped; a gap fails the attempt."""
         expected = self.num_output_tokens
         self.last_event_at = time.monotonic()
-        if self._decode_is_new:
+        if self._decode_is_new and instance_id != self._source_id:
             self._decode_is_new = False
-            self.push_event(DecodeStarted(instance_id, token.num_cached_tokens or 0))
+            self.push_event(DecodeStarted(instance_id, expected, token.num_cached_tokens or 0))
         if token.index != expected:
             if token.index > expected:
                 message = f"expected token {expected} but received {token.index}: messages were lost"
                 self.push_event(AttemptFailed(message, instance_id=instance_id))
             return
         self._append(token)
-        if token.finish_reason is not None:
+        if self.is_complete:
             self.push_event(Finished(instance_id))
 
     def push_prefilled(self, prefilled: Prefilled) -> None:
@@ -217,6 +222,7 @@ class Request:
         if self.has_started and token.num_cached_tokens is not None:
             token = token.model_copy(update={"num_cached_tokens": None})  # the client hears it once, at first
         self.token_ids.append(token.token_id)
+        self.is_complete = token.finish_reason is not None
         self.output.push(self, token)
 
     def push_event(self, event: Event | Exception) -> None:

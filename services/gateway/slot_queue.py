@@ -242,6 +242,7 @@ class SlotQueue:
             if record is not None:
                 was_participant = record.id in entry.request.participants
                 asking = asyncio.create_task(self._ask(entry, record, was_participant))
+                self._instances.client(record.id).count_question(asking, len(entry.request.token_ids))
                 entry.asks[record.id] = Asking(asking, now, was_participant)
             elif not self._is_alone(entry, now):
                 num_examined += 1

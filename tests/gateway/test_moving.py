@@ -1,19 +1,14 @@
 """Requests that a decode instance gives back with their KV: the stream goes on at another, with no seam."""
 
 import asyncio
-import time
-from contextlib import aclosing
 
 import pytest
 
-from services.gateway.streams import AttemptFailed
-from shared.messages.serving import AskReply, DecodeRequest
-from shared.sampling import SamplingParams
-from tests.gateway.scripted import Fleet, Request, Scripted, expected, fleet
+from shared.messages.serving import Moved, OutputToken, StepTokens
+from tests.gateway.scripted import FULL, Fleet, Scripted, Work, expected, fleet
 from tests.harness import eventually
 
 PROMPT = [3, 1, 4, 1, 5]
-NO_SLOT = AskReply(accepted=False, reason="no_slot")
 
 
 class Moves(Scripted):
@@ -23,10 +18,10 @@ class Moves(Scripted):
     error = 0
     lasts_s = 60.0
 
-    async def serve(self, request: Request) -> None:
-        assert isinstance(request, DecodeRequest)
+    async def serve(self, request: Work) -> None:
+        assert request.role == "decode"
         token_ids = await self.decode(request, up_to=self.at)
-        self.record = self.record.model_copy(update={"state": "changing"})
+        self.change(state="changing")
         await self.move(request, len(token_ids) - 1 + self.error, self.lasts_s)
 
 
@@ -60,11 +55,11 @@ class Waits(Scripted):
         self.first, self.rest = asyncio.Event(), asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def serve(self, request: Request) -> None:
+    async def serve(self, request: Work) -> None:
         self.tasks.append(asyncio.create_task(self.when_let(request)))
 
-    async def when_let(self, request: Request) -> None:
-        assert isinstance(request, DecodeRequest)
+    async def when_let(self, request: Work) -> None:
+        assert request.role == "decode"
         await self.first.wait()
         await self.decode(request, up_to=len(request.token_ids) - request.num_prompt_tokens + 1)
         await self.rest.wait()
@@ -85,17 +80,16 @@ async def moving_to(one: Fleet, *kinds: type[Scripted], **changes: object) -> li
     return instances
 
 
-def decoded(instance: Scripted) -> DecodeRequest:
+def decoded(instance: Scripted) -> Work:
     """The one request that the instance has been asked for."""
     [request] = instance.requests
-    assert isinstance(request, DecodeRequest)
+    assert request.role == "decode"
     return request
 
 
 async def indices_and_tokens(one: Fleet, max_tokens: int = 8) -> list[tuple[int, int]]:
-    deadline = time.time() + 30
-    tokens = one.generator.generate(PROMPT, SamplingParams(max_tokens=max_tokens), request_id="r", deadline=deadline)
-    return [(token.index, token.token_id) async for token in tokens]
+    tokens = await one.tokens(one.request(PROMPT, max_tokens, id="r"))
+    return [(token.index, token.token_id) for token in tokens]
 
 
 async def test_the_stream_goes_on_at_another_without_a_seam(nats_url: str) -> None:
@@ -109,7 +103,7 @@ async def test_the_stream_goes_on_at_another_without_a_seam(nats_url: str) -> No
         assert request.request_id == decoded(first).request_id
         assert request.token_ids == PROMPT + expected(PROMPT, 4)
         assert request.num_prompt_tokens == len(PROMPT)
-        assert request.arrived_at == decoded(first).arrived_at
+        assert request.ask.age_s >= decoded(first).ask.age_s
         assert (request.lease.instance_id, request.lease.num_tokens) == ("d0", len(PROMPT) + 3)
         for each in (prefill, first):
             assert await each.all_cancelled() == [request.request_id]
@@ -140,15 +134,16 @@ async def test_the_source_is_told_to_let_go_at_the_first_token_of_the_next(nats_
         # What the source says after all is no sign of the next one.
         request = decoded(source)
         await source.decode(request, up_to=2)
-        await source.decode(request.model_copy(update={"request_id": "stray"}), up_to=2)
+        stray = OutputToken(request_id="stray", index=1, token_id=1)
+        await source.tell("tokens", StepTokens(instance_id="d0", tokens=[stray]))
         await eventually(lambda: source.cancelled)
         assert await source.all_cancelled() == ["stray"]
-        assert one.streams.num_open() == {"d0": 1, "d1": 1}
+        assert {name: one.router.num_open(name) for name in one.router.participants()} == {"d0": 1, "d1": 1}
         source.cancelled.clear()
         target.first.set()
         await eventually(lambda: source.cancelled == ["r.0"])
         assert not work.done()
-        assert one.streams.num_open() == {"d1": 1}
+        assert set(one.router.participants()) == {"d1"}
         target.rest.set()
         assert await work == list(enumerate(expected(PROMPT, 8)))
 
@@ -169,9 +164,9 @@ async def test_a_source_that_refuses_the_request_holds_its_kv_all_the_same(nats_
     class Stays(Moves):
         """Is taken for a decode instance still."""
 
-        async def move(self, request: DecodeRequest, num_tokens: int, lasts_s: float = 60.0) -> None:
-            self.record = self.record.model_copy(update={"state": "ready"})
-            self.answers = [NO_SLOT] * 10_000
+        async def move(self, request: Work, num_tokens: int, lasts_s: float = 60.0) -> None:
+            self.change(state="ready")
+            self.answers = [*FULL]
             await super().move(request, num_tokens, lasts_s)
 
     async with fleet(nats_url) as one:
@@ -179,7 +174,7 @@ async def test_a_source_that_refuses_the_request_holds_its_kv_all_the_same(nats_
         source = await one.add("d0", "decode", kind=Stays)
         work = asyncio.create_task(indices_and_tokens(one))
         await eventually(lambda: len(source.requests) > 1)
-        assert one.streams.num_open() == {"d0": 1}
+        assert one.router.num_open("d0") == 1
         await one.add("d1", "decode")
         assert await work == list(enumerate(expected(PROMPT, 8)))
         await eventually(lambda: source.cancelled == ["r.0"])
@@ -189,17 +184,11 @@ async def test_a_request_that_is_closed_while_it_moves_is_cancelled_at_its_sourc
     async with fleet(nats_url) as one:
         await one.add("p", "prefill")
         source = await one.add("d0", "decode", kind=Moves)
-        tokens = one.generator.generate(PROMPT, SamplingParams(max_tokens=8), request_id="r", deadline=time.time() + 30)
-        async with aclosing(tokens):
-            async for token in tokens:
-                if token.index == 3:
-                    break
-            waiting = asyncio.create_task(anext(tokens))
-            await eventually(lambda: one.group.decode_line.num_waiting == 1)
-            waiting.cancel()
-            await asyncio.wait([waiting])
+        async with one.dispatcher.serving([one.request(PROMPT, id="r")]):
+            await eventually(lambda: one.queues().decode.num_waiting == 1 and source.requests)
+            assert one.router.num_open("d0") == 1
         await eventually(lambda: source.cancelled == ["r.0"])
-        assert len(one.streams) == 0
+        assert len(one.router) == 0
 
 
 async def test_a_source_that_is_lost_before_anybody_has_its_kv_ends_the_attempt(nats_url: str) -> None:
@@ -210,7 +199,7 @@ async def test_a_source_that_is_lost_before_anybody_has_its_kv_ends_the_attempt(
         await eventually(lambda: len(instances) == 2 and instances[1].requests)
         target = instances[1]
         assert isinstance(target, Waits)
-        one.streams.lose("d0")
+        one.watch.lose("d0", "is lost")
         await eventually(lambda: len(target.requests) == 2)
         assert target.cancelled == ["r.0"]
         target.first.set()
@@ -224,7 +213,7 @@ async def test_a_move_for_which_nobody_has_a_slot_in_time_is_taken_again_and_doe
         prefill = await one.add("p", "prefill")
         await one.add("d0", "decode", kind=MovesForAMoment)
         work = asyncio.create_task(indices_and_tokens(one))
-        await eventually(lambda: one.prefill_line.num_waiting == 1 and prefill.requests)
+        await eventually(lambda: one.queues().prefill.num_waiting == 1 and prefill.requests)
         await one.add("d1", "decode")
         assert await work == list(enumerate(expected(PROMPT, 8)))
         assert len(prefill.requests) == 2
@@ -244,8 +233,12 @@ async def test_a_move_that_comes_where_the_end_of_prefill_is_due_fails_the_attem
         decode = await one.add("d0", "decode")
         await one.add("p", "prefill")
         await one.generate(PROMPT)
-        with one.streams.open(decoded(decode).request_id) as stream:
-            stream.holders.add("d0")
-            await decode.move(decoded(decode), len(PROMPT))
-            with pytest.raises(AttemptFailed, match="where the end of prefill was due"):
-                await stream.prefilled(30.0)
+        prefill = one.instances["p"]
+        prefill.answers = [None]
+        request = one.request(PROMPT, id="q")
+        async with one.dispatcher.serving([request]):
+            await eventually(lambda: len(prefill.requests) == 2)
+            move = Moved(instance_id="p", request_id="q.0", lease=decoded(decode).lease)
+            await prefill.tell("moved", move)
+            await eventually(lambda: len(prefill.requests) == 3)
+            assert [token.token_id for _, token in await request.output.read()][:1] == expected(PROMPT, 1)
