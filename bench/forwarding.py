@@ -47,7 +47,8 @@ SPEED_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One way at one load. `best` and `at_most` are first tokens in time, of a schedule that knows all arrivals."""
+    """One way at one load. `best` and `at_most` are first tokens in time, of a schedule that knows all arrivals; they
+    are known at the end."""
 
     half: str
     way: str
@@ -57,8 +58,8 @@ class Point:
     shed: int
     failed: int
     median_ttft_s: float
-    best: int
-    at_most: int
+    best: int = 0
+    at_most: int = 0
 
     @property
     def share(self) -> float:
@@ -83,22 +84,27 @@ def main() -> None:
     items = read_trace(arguments.trace, arguments.factor, longest=LONGEST)
     items = [replace(one, num_output_tokens=min(one.num_output_tokens, arguments.max_output)) for one in items]
     halves = {half: half_of(items, half) for half in (HALVES if arguments.half == "both" else [arguments.half])}
+    seconds = []
     with _system(arguments, "on demand") as running:
-        speed = asyncio.run(_speed(running))
+        seconds.append(asyncio.run(_prefill_seconds(running)))
         capacity = {half: asyncio.run(_capacity(running, part, arguments)) for half, part in halves.items()}
-    print(f"a prompt of 500 tokens takes {speed.of_chunk(0, 500):.3f} s, one of 1,900 {speed.of_chunk(0, 1900):.3f} s")
-    points = []
+    played: list[tuple[Point, list[Outcome]]] = []
     for way in ("queue", "on demand"):
         with _system(arguments, way) as running:
+            seconds.append(asyncio.run(_prefill_seconds(running)))
             for half, part in halves.items():
                 per_s = arguments.base * capacity[half]
                 print(f"{half} half: prefill computes {capacity[half]:.2f} requests/s; load 1 is {per_s:.2f}/s")
                 for load in arguments.loads:
                     outcomes = asyncio.run(_play(running, load, at_rate(part, per_s * load, arguments.seconds)))
-                    points.append(_point(half, way, load, outcomes, speed, arguments))
-                    _print(points[-1])
+                    played.append((_point(half, way, load, outcomes, arguments.ttft_ms / 1000), outcomes))
+                    _print(played[-1][0])
+    # Other programs on the machine make prompts slower, never quicker.
+    speed = fitted_speed(SPEED_TOKENS, [min(times) for times in zip(*seconds, strict=True)])
+    print(f"a prompt of 500 tokens takes {speed.of_chunk(0, 500):.3f} s, one of 1,900 {speed.of_chunk(0, 1900):.3f} s")
+    points = [_with_best(point, outcomes, speed, arguments) for point, outcomes in played]
     for half in halves:
-        _compare([one for one in points if one.half == half], arguments.loads)
+        _compare([one for one in points if one.half == half])
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(_plain(points), indent=2))
 
@@ -151,21 +157,22 @@ async def _capacity(running: Running, items: Sequence[Item], arguments: argparse
     return len(done) / (PROBE_S / 2)
 
 
-async def _speed(running: Running) -> Speed:
-    """Measures prefill on the idle system, and fits it to tokens and pairs of tokens by least squares.
-
-    What a request takes besides (messages, the step itself) is the constant, which counts for nothing later.
-    """
+async def _prefill_seconds(running: Running) -> list[float]:
+    """Measures how long prompts of `SPEED_TOKENS` take on the idle system."""
     async with load_client(running.nats_url) as client:
         quickest = []
         for num_tokens in SPEED_TOKENS:
             rounds = [await client.send(Item(0.0, num_tokens, 1)) for _ in range(SPEED_ROUNDS + 1)]
             quickest.append(min(one.ttft_s for one in rounds[1:]))
-    return fitted_speed(SPEED_TOKENS, quickest)
+    return quickest
 
 
 def fitted_speed(num_tokens: Sequence[int], seconds: Sequence[float]) -> Speed:
-    """Returns the speed that explains best how long prompts of these lengths take; nothing in it is negative."""
+    """Returns the speed that explains best (least squares) how long prompts of these lengths take.
+
+    Nothing in it is negative. What a request takes besides, messages and the step itself, is `step_s`, which the best
+    schedule in hindsight does without.
+    """
     columns = [np.ones(len(num_tokens)), np.array(num_tokens, float), np.array([n * (n + 1) / 2 for n in num_tokens])]
     step_s, token_s, pair_s = _least_squares(columns, seconds)
     if min(token_s, pair_s) < 0:
@@ -191,14 +198,9 @@ async def _play(running: Running, load: float, items: Sequence[Item]) -> list[Ou
         return client.outcomes
 
 
-def _point(
-    half: str, way: str, load: float, outcomes: Sequence[Outcome], speed: Speed, arguments: argparse.Namespace
-) -> Point:
-    ttft_s = arguments.ttft_ms / 1000
+def _point(half: str, way: str, load: float, outcomes: Sequence[Outcome], ttft_s: float) -> Point:
     shed = [one for one in outcomes if one.error is not None and one.error.startswith(("overloaded", "no_instance"))]
     times = sorted(one.ttft_s for one in outcomes)
-    arrived_at = [one.sent_at for one in outcomes]
-    service_s = [speed.of_chunk(0, one.item.num_prompt_tokens) for one in outcomes]
     return Point(
         half=half,
         way=way,
@@ -208,30 +210,34 @@ def _point(
         shed=len(shed),
         failed=sum(one.error is not None for one in outcomes) - len(shed),
         median_ttft_s=times[len(times) // 2],
-        best=best_in_hindsight(arrived_at, service_s, ttft_s, arguments.prefill),
-        at_most=upper_bound(arrived_at, service_s, ttft_s, arguments.prefill),
     )
+
+
+def _with_best(point: Point, outcomes: Sequence[Outcome], speed: Speed, arguments: argparse.Namespace) -> Point:
+    arrived_at = [one.sent_at for one in outcomes]
+    service_s = [speed.of_chunk(0, one.item.num_prompt_tokens) for one in outcomes]
+    requests = (arrived_at, service_s, arguments.ttft_ms / 1000, arguments.prefill)
+    return replace(point, best=best_in_hindsight(*requests), at_most=upper_bound(*requests))
 
 
 def _print(point: Point) -> None:
     print(
         f"{point.way:>10} at {point.load:g}x: {point.sent} requests, {point.share:6.1%} in time, "
         f"{point.share_of_accepted:6.1%} of those accepted; {point.shed} shed, {point.failed} failed; "
-        f"median TTFT {point.median_ttft_s:.2f} s; {point.in_time / max(1, point.best):.2f} of the best in hindsight "
-        f"({point.best / point.sent:.1%}, at most {point.at_most / point.sent:.1%})",
+        f"median TTFT {point.median_ttft_s:.2f} s",
         flush=True,
     )
 
 
-def _compare(points: Sequence[Point], loads: Sequence[float]) -> None:
-    shares = {(one.way, one.load): one.share for one in points}
-    gains = {load: 100 * (shares["on demand", load] - shares["queue", load]) for load in loads}
-    ratio = min(one.in_time / max(1, one.best) for one in points if one.way == "on demand")
-    print(
-        f"{points[0].half} half: on demand beside the queue, percentage points: "
-        + ", ".join(f"{gain:+.1f} at {load:g}x" for load, gain in gains.items())
-        + f"; at least {ratio:.2f} of the best in hindsight"
-    )
+def _compare(points: Sequence[Point]) -> None:
+    queue = {one.load: one for one in points if one.way == "queue"}
+    for one in points:
+        if one.way == "on demand":
+            print(
+                f"{one.half} half at {one.load:g}x: on demand {100 * (one.share - queue[one.load].share):+.1f} "
+                f"percentage points beside the queue, {one.in_time / max(1, one.best):.2f} of the best schedule in "
+                f"hindsight ({one.best / one.sent:.1%}, at most {one.at_most / one.sent:.1%})"
+            )
 
 
 def _plain(points: Sequence[Point]) -> list[dict[str, object]]:
