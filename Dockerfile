@@ -25,7 +25,9 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
       print(*t['build-system']['requires'], *t['project']['dependencies'], sep='\n')" >/tmp/requirements.txt && \
     pip install --find-links /wheels ${PIP_ARGS} -c requirements.lock -r /tmp/requirements.txt && \
     rm /tmp/requirements.txt
-RUN useradd --create-home --uid 10001 pdserve && install -d -o pdserve -g pdserve /cache
+RUN useradd --create-home --uid 10001 pdserve && install -d -o pdserve -g pdserve /cache \
+    /accounts/server /accounts/gateway /accounts/instance /accounts/controller /accounts/operator /accounts/launcher \
+    /accounts/client
 COPY README.md LICENSE ./
 COPY pdserve pdserve/
 COPY services services/

@@ -57,7 +57,11 @@ CLIENT = Permissions(publish=(subjects.GENERATE, subjects.CANCEL))
 SERVICES: dict[str, Permissions] = {
     # A gateway answers clients, whose inboxes have any name, for as long as a request lasts.
     "gateway": Permissions(
-        publish=(*_verbs_of_instances("prefill", "decode", "start", "cancel", "ping"), "_INBOX.>"),
+        publish=(
+            *_verbs_of_instances("prefill", "decode", "start", "cancel", "ping"),
+            *_verbs_of_gateways("ping"),
+            "_INBOX.>",
+        ),
         subscribe=(subjects.GENERATE, subjects.CANCEL, subjects.CHANGED, subjects.gateway(ANY, ">")),
     ),
     "instance": Permissions(

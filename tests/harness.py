@@ -69,7 +69,7 @@ class System:
         tame_threads()
         self.folder = folder
         self.servers = servers
-        self.accounts = new_accounts()
+        self.accounts = new_accounts(("client", "eve"))
         self.nats = NatsUrls.of_accounts(self.accounts, servers.start_nats(free_port(), self.accounts))
         self.nats_url = self.nats.of("operator")
         """For operators' commands, and for clients that are not about accounts."""

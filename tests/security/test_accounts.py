@@ -171,6 +171,7 @@ async def test_a_wrong_password_is_named_and_not_shown(guarded: Guarded) -> None
     [
         ("gateway", subjects.instance("i", "ping"), "instance", subjects.instance("i", ">")),
         ("instance", subjects.gateway("g", "ping"), "gateway", subjects.gateway("g", ">")),
+        ("gateway", subjects.gateway("g", "ping"), "gateway", subjects.gateway("g", ">")),
         ("instance", subjects.gateway("c", "ping"), "controller", subjects.gateway("c", ">")),
         ("controller", subjects.instance("i", "assign"), "instance", subjects.instance("i", ">")),
         ("controller", subjects.instance("i", "prefill"), "instance", subjects.instance("i", ">")),
