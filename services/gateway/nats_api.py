@@ -45,18 +45,27 @@ ENDPOINT = "nats"
 LINGER_S = 15.0
 """How long a finished answer is kept, as its last message may have to be sent again after a reconnect."""
 MAX_OPEN_ANSWERS = 16_384
+MAX_TOKENS_PER_CHUNK = 256
+"""Of tokens that have waited, so that a chunk with log probabilities fits into a message."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """An answer to a client. `key` is ours and unique everywhere; `id` is the client's name for it."""
+    """An answer to a client.
+
+    Attributes:
+        key: ours: unique everywhere, and nobody can guess it.
+        id: the client's name for it, or the key.
+        has_started: whether its task runs: only then can cancelling the task end it with an error.
+    """
 
     key: str
     id: str
     inbox: ReplyInbox
     task: asyncio.Task[None] | None = None
+    has_started: bool = False
     ended_by: RequestError | None = None
     is_finished: bool = False
 
@@ -107,17 +116,18 @@ class NatsApi:
     def _end(self, answer: Answer, error: RequestError) -> None:
         if not answer.is_finished and answer.ended_by is None:
             answer.ended_by = error
-            if answer.task is not None:
+            if answer.task is not None and answer.has_started:
                 answer.task.cancel()
 
     async def _on_cancel(self, incoming: Incoming) -> None:
         try:
-            cancelled_id = incoming.parse(CancelGenerate).id
+            cancel = incoming.parse(CancelGenerate)
         except InvalidRequest as error:
             log.warning("skipping a malformed cancel: %s", error.message)
             return
-        answer = self._running(cancelled_id)
-        if answer is not None:
+        answer = self._running(cancel.id)
+        # Others can guess an id that a client has chosen, but neither a key of ours nor the client's inbox.
+        if answer is not None and (cancel.id == answer.key or cancel.inbox == answer.inbox.subject):
             self._end(answer, Cancelled("cancelled by the client"))
 
     async def _on_generate(self, incoming: Incoming) -> None:
@@ -180,7 +190,10 @@ class NatsApi:
         in_flight = self._api.metrics.endpoint(ENDPOINT).in_flight
         in_flight.inc()
         error: RequestError | None = None
+        answer.has_started = True
         try:
+            if answer.ended_by is not None:
+                raise answer.ended_by
             attributes = {tracing.REQUEST_ID: answer.key}
             with self._api.tracer.start_as_current_span("generate", context, SpanKind.SERVER, attributes):
                 await self._generate(request, answer, arrived_at)
@@ -242,7 +255,8 @@ class NatsApi:
             finish_reason = deltas[-1].finish_reason
             if finish_reason is not None:
                 self._api.core.finish(served)
-            await answer.inbox.send(_chunk(answer, deltas))
+            for start in range(0, len(deltas), MAX_TOKENS_PER_CHUNK):
+                await answer.inbox.send(_chunk(answer, deltas[start : start + MAX_TOKENS_PER_CHUNK]))
             if finish_reason is not None:
                 timer.end()
                 usage = GenerateUsage(
@@ -306,10 +320,13 @@ async def end_orphans(bus: Bus, open_answers: OpenAnswers, gateway_id: str) -> N
         log.warning("gateway %s has died: ending its %d open answers on NATS", gateway_id, len(orphans))
     error = InternalError("The gateway that served this request has died: send the request again.", retry_after_s=0.0)
     for orphan in orphans:
+        if not subjects.is_inbox(orphan.inbox):
+            log.warning("an open answer of %s cannot be ended: its reply subject is not an inbox", gateway_id)
+            continue
         try:
             await bus.publish(orphan.inbox, GenerateFailed(id=orphan.id, index=-1, error=error.body))
-        except MessageTooLarge as too_large:
-            log.warning("an open answer of %s cannot be ended: %s", gateway_id, too_large)
+        except (MessageTooLarge, InvalidRequest) as unsendable:
+            log.warning("an open answer of %s cannot be ended: %s", gateway_id, unsendable)
 
 
 def _chunk(answer: Answer, deltas: Sequence[TextDelta]) -> GenerateChunk:

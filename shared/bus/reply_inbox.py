@@ -38,7 +38,7 @@ class ReplyInbox:
     """The inbox of one request. Memory: the messages of the last `IN_FLIGHT_S`, or those a client has not received yet.
 
     Args:
-        subject: where the client is subscribed.
+        subject: where the client is subscribed; also an attribute.
         no_responders_prefix: NATS reports to `<prefix>.<message index>` that it is not; the owner of that
             subscription calls `on_no_responders`.
         on_gone: called once, when the client is considered gone.
@@ -53,7 +53,7 @@ class ReplyInbox:
             raise InvalidRequest("The reply subject is not an inbox: use one that your NATS client makes.")
         bus.check_subjects(subject, f"{no_responders_prefix}.{LARGEST_INDEX}")
         self._bus = bus
-        self._subject = subject
+        self.subject = subject
         self._prefix = no_responders_prefix
         self._on_gone = on_gone
         self._is_gone = False
@@ -141,7 +141,7 @@ class ReplyInbox:
         index = max(index, self._first_kept)
         self._first_lost = index if self._first_lost is None else min(index, self._first_lost)
         if not self._is_resending:
-            self._resending = asyncio.create_task(self._send_again(), name=f"sending again to {self._subject[:60]}")
+            self._resending = asyncio.create_task(self._send_again(), name=f"sending again to {self.subject[:60]}")
 
     async def _send_again(self) -> None:
         """Sends from the first lost message on, until all were received or the client is considered gone."""
@@ -164,4 +164,4 @@ class ReplyInbox:
             self._end()
 
     async def _publish(self, index: int, message: ApiMessage) -> None:
-        await self._bus.publish(self._subject, message, no_responders_to=f"{self._prefix}.{index}")
+        await self._bus.publish(self.subject, message, no_responders_to=f"{self._prefix}.{index}")

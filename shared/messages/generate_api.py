@@ -71,9 +71,9 @@ class GenerateRequest(ApiMessage):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[
-        Annotated[dict[int, float], Field(max_length=1024)] | None, BeforeValidator(_logit_bias)
-    ] = None
+    logit_bias: Annotated[Annotated[dict[int, float], Field(max_length=1024)] | None, BeforeValidator(_logit_bias)] = (
+        None
+    )
     logprobs: int | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop_strings)] = None
     stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
@@ -129,7 +129,11 @@ class GenerateFailed(ApiMessage):
 
 
 class CancelGenerate(ApiMessage):
-    """A client asks on CANCEL to end its request; the stream then ends with the error `cancelled`."""
+    """A client asks on CANCEL to end its request; the stream then ends with the error `cancelled`.
+
+    An id that the client chose itself counts only together with the request's reply inbox, as others may guess it.
+    """
 
     v: Literal[1] = 1
     id: str
+    inbox: str | None = None

@@ -45,7 +45,7 @@ class OpenAnswer:
         expires_at: the request's deadline in Unix seconds, if it has one.
     """
 
-    inbox: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\s*>]+$")]
+    inbox: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\s*>]+$")]
     id: Annotated[str, Field(max_length=512)]
     expires_at: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
