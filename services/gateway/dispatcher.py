@@ -53,10 +53,16 @@ class Queues:
     """What this gateway keeps for one group besides the group itself."""
 
     def __init__(
-        self, group: Group, groups: Groups, instances: Instances, router: EventRouter, settings: GatewaySettings
+        self,
+        group: Group,
+        groups: Groups,
+        instances: Instances,
+        router: EventRouter,
+        settings: GatewaySettings,
+        metrics: GatewayMetrics,
     ) -> None:
-        self.prefill = SlotQueue("prefill", group, groups, instances, router, settings)
-        self.decode = SlotQueue("decode", group, groups, instances, router, settings)
+        self.prefill = SlotQueue("prefill", group, groups, instances, router, settings, metrics)
+        self.decode = SlotQueue("decode", group, groups, instances, router, settings, metrics)
         self.latencies = GroupLatencies()
 
     @property
@@ -90,7 +96,7 @@ class Dispatcher:
         """Returns the waiting queues of a group."""
         found = self._queues.get(group)
         if found is None:
-            found = Queues(group, self._groups, self._instances, self._router, self._settings)
+            found = Queues(group, self._groups, self._instances, self._router, self._settings, self._metrics)
             self._queues[group] = found
         return found
 
@@ -169,6 +175,7 @@ class Dispatcher:
                 self.queues(group).prefill.notify()
                 self.queues(group).decode.notify()
             await self._after_failure(request, failed)
+            self._metrics.count_retry()
             if not request.has_started:
                 request.fingerprint = None
             group = self._groups.of(request.scenario, request.fingerprint)
@@ -179,6 +186,7 @@ class Dispatcher:
         self._metrics.count_failed_attempt("counted" if failure.counts else "not_counted")
         if failure.instance_id is not None and failure.counts and not failure.in_failed_step:
             self._instances.failed(failure.instance_id, failure.kv_source_id)
+            self._metrics.count_pause()
         num_failures = request.count_failure(failure)
         if num_failures >= self._settings.max_attempts:
             raise InstanceFailed(f"{num_failures} attempts at this request failed without progress, at last: {failure}")

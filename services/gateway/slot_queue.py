@@ -26,6 +26,7 @@ from services.gateway.instance_watch import Instances
 from services.gateway.prefix_affinity import shares
 from services.gateway.request import Request
 from services.gateway.routing import Waiting
+from services.gateway.telemetry import GatewayMetrics
 from shared.errors import (
     RETRY_AFTER_S,
     InstanceFailed,
@@ -77,11 +78,10 @@ class Accepted:
 
 @dataclass(slots=True, frozen=True)
 class Asking:
-    """A question under way, when it was sent, and whether the instance participated in the request before."""
+    """A question under way, and when it was sent."""
 
     task: asyncio.Task[None]
     sent_at: float
-    was_participant: bool
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -125,6 +125,7 @@ class SlotQueue:
         instances: Instances,
         router: EventRouter,
         settings: GatewaySettings,
+        metrics: GatewayMetrics,
     ) -> None:
         self._role: Role = role
         self._group = group
@@ -132,6 +133,7 @@ class SlotQueue:
         self._instances = instances
         self._router = router
         self._settings = settings
+        self._metrics = metrics
         self._waiting: dict[Entry, None] = {}
         self._decode_limits: dict[str, int] = {}
         self._tie = random.Random()
@@ -195,7 +197,7 @@ class SlotQueue:
             entry.result.cancel()
             for instance_id, asking in list(entry.asks.items()):
                 asking.task.cancel()
-                if not asking.was_participant:
+                if instance_id in request.asked:
                     # It may still accept. The cancel arrives behind the question, so that nothing stays reserved.
                     await self._router.leave_and_cancel(request, instance_id)
             self.notify()
@@ -240,10 +242,11 @@ class SlotQueue:
                 continue
             record = self._choose(entry, now, search_all=num_examined == 0)
             if record is not None:
-                was_participant = record.id in entry.request.participants
-                asking = asyncio.create_task(self._ask(entry, record, was_participant))
+                if entry.asks:
+                    self._metrics.count_hedged_ask()
+                asking = asyncio.create_task(self._ask(entry, record))
                 self._instances.client(record.id).count_question(asking, len(entry.request.token_ids))
-                entry.asks[record.id] = Asking(asking, now, was_participant)
+                entry.asks[record.id] = Asking(asking, now)
             elif not self._is_alone(entry, now):
                 num_examined += 1
                 if num_examined == MAX_EXAMINED:
@@ -290,7 +293,7 @@ class SlotQueue:
             return self._instances.link_allows(entry.lease.instance_id, record.id, now)
         if self._role == "decode":
             return True
-        return self._instances.can_send_to_any(record.id, [one.id for one in self._group.ready("decode")], now)
+        return self._instances.can_send_to_any(record.id, (one.id for one in self._group.ready("decode")), now)
 
     def _suits(self, entry: Entry, record: InstanceRecord) -> bool:
         """Returns whether the instance can serve the request, be it full or not."""
@@ -319,7 +322,7 @@ class SlotQueue:
             entry.fail(_nobody(self._role, request))
         return True
 
-    async def _ask(self, entry: Entry, record: InstanceRecord, was_participant: bool) -> None:
+    async def _ask(self, entry: Entry, record: InstanceRecord) -> None:
         """Asks one instance. Its errors end this question only."""
         request, client = entry.request, self._instances.client(record.id)
         start = Start(request_id=request.attempt_id, token_ids=request.token_ids, sampling=request.sampling)
@@ -332,19 +335,20 @@ class SlotQueue:
                 if not inline:
                     await client.start(start)
                 if not entry.result.done():
+                    request.asked.discard(record.id)
                     entry.result.set_result(Accepted(record, entry.num_rejections))
                     return
                 reply = reply.model_copy(update={"reason": "duplicate"})
                 await client.cancel(request.attempt_id)
-            if not was_participant:
+            if record.id in request.asked:  # and not its source of KV, too
                 self._router.leave(request, record.id)
             self._rejected(entry, client, reply)
         except NoResponders:
-            self._router.leave(request, record.id)
             self._instances.lose(record.id, "is gone: NATS reports no responders")
         except PeerUnavailable as error:
             log.warning("%s", error)
-            if not was_participant:
+            self._metrics.count_pause()
+            if record.id in request.asked:
                 await self._router.leave_and_cancel(request, record.id)
         except MessageTooLarge as error:
             entry.fail(InvalidRequest(f"The request does not fit into a NATS message: {error}"))
