@@ -22,6 +22,7 @@ from shared.bus.connection import Bus, Incoming
 from shared.bus.reply_inbox import ReplyInbox
 from shared.errors import (
     Cancelled,
+    DeadlineExceeded,
     InternalError,
     InvalidRequest,
     MessageTooLarge,
@@ -42,6 +43,8 @@ from shared.telemetry import tracing
 from shared.text.text_stream import TextDelta, TextStream
 
 ENDPOINT = "nats"
+GRACE_S = 1.0
+"""The core keeps the deadline and knows better what it waited for; this bounds what the core does not see."""
 LINGER_S = 15.0
 """How long a finished answer is kept, as its last message may have to be sent again after a reconnect."""
 MAX_OPEN_ANSWERS = 16_384
@@ -231,8 +234,11 @@ class NatsApi:
         )
         detokenizer = api.tokenizer.detokenizer(prompt_token_ids)
         text = TextStream(detokenizer, stop=request.stop or (), min_tokens=request.min_tokens)
-        async with api.core.serving([served]):
-            usage, finish_reason = await self._stream(served, text, answer)
+        try:
+            async with asyncio.timeout(timeout_s + GRACE_S), api.core.serving([served]):
+                usage, finish_reason = await self._stream(served, text, answer)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"The request was not done within {timeout_s:g} s.") from error
         span = get_current_span()
         span.set_attribute(tracing.NUM_PROMPT_TOKENS, usage.prompt_tokens)
         span.set_attribute(tracing.NUM_OUTPUT_TOKENS, usage.completion_tokens)

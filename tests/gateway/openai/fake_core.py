@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from services.gateway.openai.handler import first_error
 from services.gateway.request import Request
 from shared.errors import RequestError
 from shared.messages.serving import OutputToken, TokenLogprobs, TopLogprob
@@ -72,6 +73,8 @@ class FakeCore:
                     for call in calls:
                         assert call.task is not None
                         call.task.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
         finally:
             for call in calls:
                 call.is_closed = True
