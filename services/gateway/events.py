@@ -44,8 +44,10 @@ class EventRouter:
             await self.leave_and_cancel(request, instance_id)
 
     def join(self, request: Request, instance_id: str) -> None:
-        """Makes an instance a participant: it may use resources for the request from now on."""
-        request.participants.add(instance_id)
+        """Makes an instance that is asked a participant: it may use resources for the request from now on."""
+        if instance_id not in request.participants:
+            request.participants.add(instance_id)
+            request.asked.add(instance_id)
         requests = self._by_instance.setdefault(instance_id, set())
         if not requests:
             self._heard_at[instance_id] = time.monotonic()
@@ -54,6 +56,7 @@ class EventRouter:
     def leave(self, request: Request, instance_id: str) -> None:
         """Ends an instance's participation: it uses nothing for the request any more."""
         request.participants.discard(instance_id)
+        request.asked.discard(instance_id)
         requests = self._by_instance.get(instance_id)
         if requests is not None:
             requests.discard(request)
@@ -93,14 +96,16 @@ class EventRouter:
         """Returns the attempts in which the instance participates and which had no event for `silent_s`."""
         before = time.monotonic() - silent_s
         requests = self._by_instance.get(instance_id, ())
-        return [request.attempt_id for request in requests if request.last_event_at < before]
+        silent = (request for request in requests if request.last_event_at < before)
+        return [request.attempt_id for request in silent if instance_id not in request.asked]
 
     def lose(self, instance_id: str, why: str) -> list[str]:
-        """Fails every attempt in which a lost instance participates; returns their ids."""
+        """Fails every attempt that a lost instance has accepted; returns those in which it participates."""
         requests = list(self._by_instance.get(instance_id, ()))
         for request in requests:
-            failure = AttemptFailed(f"{instance_id} {why}", instance_id=instance_id, in_failed_step=True)
-            request.push_event(failure)
+            if instance_id not in request.asked:
+                message = f"{instance_id} {why}"
+                request.push_event(AttemptFailed(message, instance_id=instance_id, in_failed_step=True))
             self.leave(request, instance_id)
         return [request.attempt_id for request in requests]
 
@@ -116,7 +121,7 @@ class EventRouter:
     def bus_reconnected(self) -> None:
         """Fails every attempt: messages may be lost, and each request can continue from the tokens it has."""
         for request in self._requests.values():
-            if request.participants:
+            if request.participants - request.asked:
                 request.push_event(AttemptFailed("the connection to NATS was lost for a while", counts=False))
 
     async def on_message(self, verb: str, incoming: Incoming) -> None:

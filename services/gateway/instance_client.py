@@ -131,6 +131,8 @@ class InstanceClient:
         finally:
             asking.cancel()
             self._replies.discard(asking)
+        if self.is_lost:
+            raise NoResponders(f"{self.instance_id} is gone")
         self._answer_s += ANSWER_TIME_ALPHA * (time.monotonic() - started_at - self._answer_s)
         self._learn(reply.capacity)
         if not reply.accepted:

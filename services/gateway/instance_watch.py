@@ -7,7 +7,7 @@ it does not answer pings, or requests fail there. The registry's heartbeats (`gr
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 
 from services.gateway.events import EventRouter
 from services.gateway.instance_client import CircuitBreaker, InstanceClient
@@ -63,7 +63,7 @@ class Instances:
         link = self._links.get((source_id, target_id))
         return link is None or link.allows(now)
 
-    def can_send_to_any(self, source_id: str, target_ids: Collection[str], now: float) -> bool:
+    def can_send_to_any(self, source_id: str, target_ids: Iterable[str], now: float) -> bool:
         """Returns whether KV may be sent from an instance to at least one of the others."""
         if not any(source == source_id for source, _ in self._links):
             return True

@@ -82,6 +82,8 @@ class TokenOutput:
 
     def push(self, request: "Request", token: OutputToken) -> None:
         """Adds a token. Fails the output when its reader is too far behind."""
+        if self._error is not None:
+            return  # the reader must not get tokens behind a gap
         if len(self._unread) >= MAX_UNREAD_TOKENS:
             self.fail(SlowClient(f"The client left {MAX_UNREAD_TOKENS} tokens unread: read the stream faster."))
             return
@@ -127,6 +129,7 @@ class Request:
         fingerprint: the weights it started on. It never continues on others.
         token_ids: the prompt and what has been generated so far.
         participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
+        asked: those of them that have not accepted yet: the request does not depend on them.
         failed_at: instances that failed it since its last token: others are preferred.
         num_failures: attempts that failed since its last token, as far as they count.
         is_complete: whether its last token has arrived.
@@ -148,6 +151,7 @@ class Request:
     attempt: int = -1
     token_ids: list[int] = field(init=False)
     participants: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
     failed_at: set[str] = field(default_factory=set)
     num_failures: int = 0
     is_complete: bool = False

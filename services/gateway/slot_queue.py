@@ -70,10 +70,11 @@ class NoCandidate(PDServeError):
 
 @dataclass(slots=True, frozen=True)
 class Accepted:
-    """The instance that accepted, after how many rejections."""
+    """The instance that accepted, after how many rejections, and the work, unless it travelled with the question."""
 
     instance: InstanceRecord
     num_rejections: int
+    start: Start | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -191,7 +192,12 @@ class SlotQueue:
         self._waiting[entry] = None
         try:
             self._dispatch()
-            return await self._result(entry)
+            accepted = await self._result(entry)
+            if accepted.start is not None:
+                await self._instances.client(accepted.instance.id).start(accepted.start)
+            return accepted
+        except MessageTooLarge as error:
+            raise InvalidRequest(f"The request does not fit into a NATS message: {error}") from error
         finally:
             del self._waiting[entry]
             entry.result.cancel()
@@ -213,6 +219,8 @@ class SlotQueue:
                 async with asyncio.timeout(min(entry.until, hopeless_at) - now):
                     return await asyncio.shield(entry.result)
             except TimeoutError:
+                if entry.result.done():
+                    return entry.result.result()
                 if time.monotonic() >= entry.until:
                     raise
                 self._estimate(entry)
@@ -332,11 +340,9 @@ class SlotQueue:
         try:
             reply = await client.ask(self._role, ask, self._settings.answer_timeout_s)
             if reply.accepted:
-                if not inline:
-                    await client.start(start)
                 if not entry.result.done():
                     request.asked.discard(record.id)
-                    entry.result.set_result(Accepted(record, entry.num_rejections))
+                    entry.result.set_result(Accepted(record, entry.num_rejections, None if inline else start))
                     return
                 reply = reply.model_copy(update={"reason": "duplicate"})
                 await client.cancel(request.attempt_id)
@@ -350,9 +356,7 @@ class SlotQueue:
             self._metrics.count_pause()
             if record.id in request.asked:
                 await self._router.leave_and_cancel(request, record.id)
-        except MessageTooLarge as error:
-            entry.fail(InvalidRequest(f"The request does not fit into a NATS message: {error}"))
-        except RequestError as error:
+        except (MessageTooLarge, RequestError) as error:
             entry.fail(error)
         except Exception:
             log.exception("internal error while asking %s for request %s", record.id, request.id)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -93,6 +93,15 @@ class Scripted:
     """Attempts that it says it does not know."""
     num_cached_tokens: int = 0
     refresh: Callable[[], None] = lambda: None
+    unsubscribe: Callable[[], Awaitable[None]] | None = None
+
+    async def subscribe(self) -> None:
+        self.unsubscribe = await self.bus.subscribe(subjects.instance(self.record.id, ">"), self.handle)
+
+    async def vanish(self) -> None:
+        """Ends as a process does: NATS reports no responders from now on."""
+        assert self.unsubscribe is not None
+        await self.unsubscribe()
 
     def change(self, **changes: object) -> None:
         """Changes its record, which the gateway sees at once."""
@@ -282,7 +291,7 @@ class Fleet:
         **changes: object,
     ) -> Scripted:
         one = kind(self.bus, record(name, role=role, **changes), list(answers))
-        await self.bus.subscribe(subjects.instance(name, ">"), one.handle)
+        await one.subscribe()
         one.refresh = self.refresh
         self.instances[name] = one
         group = group or self.group
