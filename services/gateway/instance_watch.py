@@ -50,6 +50,8 @@ class Instances:
         self._pings: dict[str, asyncio.Task[None]] = {}
         self._reconciled_at: dict[str, float] = {}
         self._pinged_lost_at = 0.0
+        self._unknown: dict[str, set[str]] = {}
+        """Attempts that an instance did not know at the last ping that listed any."""
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def client(self, instance_id: str) -> InstanceClient:
@@ -101,6 +103,7 @@ class Instances:
         kept = instance_ids | set(self._router.participants())
         self._clients = {name: one for name, one in self._clients.items() if name in kept}
         self._links = {link: one for link, one in self._links.items() if set(link) <= kept}
+        self._unknown = {name: one for name, one in self._unknown.items() if name in kept}
         self._reconciled_at = {name: at for name, at in self._reconciled_at.items() if name in kept}
 
     def lose(self, instance_id: str, why: str) -> None:
@@ -175,4 +178,9 @@ class Instances:
             return
         self._router.heard(instance_id)
         self.found(instance_id)
-        self._router.drop(instance_id, pong.unknown)
+        # The first time, the last message of a request that has just ended may still be on its way.
+        unknown = set(pong.unknown)
+        if attempt_ids:
+            self._router.drop(instance_id, unknown & self._unknown.pop(instance_id, set()))
+        if unknown:
+            self._unknown[instance_id] = unknown
