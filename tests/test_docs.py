@@ -6,7 +6,7 @@ import pytest
 
 from shared import errors
 from shared.registry import keys
-from shared.settings import PREFIX, ControllerSettings, GatewaySettings, InstanceSettings
+from shared.settings import PREFIX, ControllerSettings, GatewaySettings, InstanceSettings, UpSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 def test_every_setting_stands_in_operations() -> None:
     page = (ROOT / "docs/operations.md").read_text()
     for name in {
-        name for kind in (GatewaySettings, InstanceSettings, ControllerSettings) for name in kind.model_fields
+        name
+        for kind in (GatewaySettings, InstanceSettings, ControllerSettings, UpSettings)
+        for name in kind.model_fields
     }:
         assert f"`{PREFIX}{name.upper()}`" in page, name
 

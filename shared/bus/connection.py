@@ -275,7 +275,7 @@ class Bus:
         async def on_error(error: Exception) -> None:
             if isinstance(error, nats.errors.SlowConsumerError):
                 log.error("messages were lost: this process is too slow for %s", error)
-            elif client.is_connected:
+            elif client.is_connected and client.is_worth_a_report():
                 log.warning("NATS client: %r", error)
             else:
                 log.debug("NATS client: %r", error)

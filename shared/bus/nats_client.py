@@ -124,6 +124,14 @@ class TolerantClient(Client):
         is_reconnecting = self._reconnection_task is not None and not self._reconnection_task.done()
         return not self.is_connected and not is_reconnecting
 
+    def is_worth_a_report(self) -> bool:
+        """Whether a sender's fault may be logged now: once in `REPORT_EVERY_S`, so that nobody can flood the log."""
+        now = time.monotonic()
+        if now - self._reported_at < REPORT_EVERY_S:
+            return False
+        self._reported_at = now
+        return True
+
     async def reconnect(self) -> None:
         """Begins to reconnect, with all subscriptions."""
         await self._process_op_err(nats.errors.StaleConnectionError())
@@ -162,9 +170,7 @@ class TolerantClient(Client):
 
     def _skipped(self, subject: bytes, error: Exception) -> None:
         self._num_skipped += 1
-        now = time.monotonic()
-        if now - self._reported_at > REPORT_EVERY_S:
-            self._reported_at = now
+        if self.is_worth_a_report():
             log.warning(
                 "skipped %d undecodable messages so far, the last one on %.60r: %.200r",
                 self._num_skipped,

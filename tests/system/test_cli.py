@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shared.addresses import credentials
 from shared.settings import DEMO_MODEL
 from tests.harness import TIMEOUT_S, free_port, wait_until
 
@@ -68,9 +70,9 @@ class Up:
 def descendants(pid: int) -> set[int]:
     """All processes that came of this one."""
     parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for line in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            parents[int(line.parent.name)] = int(line.read_text().rsplit(")", 1)[1].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
     found = {pid}
@@ -155,6 +157,28 @@ def test_status_from_elsewhere(up: Up, tmp_path: Path) -> None:
     nobody = run("status", folder=tmp_path)
     assert nobody.returncode == 1
     assert "no `pdserve up` runs in this folder" in nobody.stderr
+
+
+def test_the_nats_urls_are_private_and_serve_a_client(up: Up) -> None:
+    run_file, client = up.folder / ".pdserve" / "up.json", up.folder / ".pdserve" / "nats" / "client.url"
+    for path in (run_file, client):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    operator_url = json.loads(run_file.read_text())["nats_url"]
+    for url in (operator_url, client.read_text().strip()):
+        password = credentials(url).password
+        assert password
+        assert password not in up.said
+        assert not any(password in path.read_text() for path in (up.folder / ".pdserve" / "logs").iterdir())
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "examples" / "nats_client.py"),
+        client.read_text().strip(),
+        "What is a list?",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.rstrip().endswith("tokens]"), done.stderr
+    status = run("status", "--nats", client.read_text().strip(), folder=up.folder)
+    assert status.returncode == 1, "a client sees no status"
 
 
 def test_chat(up: Up) -> None:
