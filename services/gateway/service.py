@@ -18,6 +18,7 @@ from services.gateway.groups import Group, Groups
 from services.gateway.instance_watch import Instances
 from services.gateway.nats_api import NatsApi, end_orphans
 from services.gateway.openai.app import http_server_config
+from services.gateway.openai.idempotency import idempotent_answers
 from services.gateway.request import Request
 from services.gateway.telemetry import GatewayMetrics
 from shared import __version__
@@ -29,6 +30,7 @@ from shared.messages.records import GatewayRecord
 from shared.messages.serving import Ping, Pong, SlotFreed
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
+from shared.registry.idempotency import RedisIdempotencyIndex
 from shared.registry.open_answers import OpenAnswers
 from shared.registry.registry import Registry
 from shared.settings import GatewaySettings, hostname
@@ -69,6 +71,7 @@ class Gateway:
         self._tokenizer = tokenizer
         self._bus = bus
         self._records = records
+        self._address = f"http://{advertised(settings.http_host)}:{settings.http_port}"
         self._started_at = time.time()
         self._metrics = GatewayMetrics()
         self._router = EventRouter(bus, gateway_id)
@@ -111,7 +114,9 @@ class Gateway:
         """Serves until the lifetime ends, then drains."""
         settings = self._settings
         await self._groups.read()
-        async with asyncio.TaskGroup() as tasks:
+        keep_s = settings.request_timeout_s + settings.idempotency_ttl_s
+        index = RedisIdempotencyIndex(self._records, self._id, self._address, ttl_s=keep_s)
+        async with idempotent_answers(settings.idempotency_ttl_s, index) as answers, asyncio.TaskGroup() as tasks:
             self._bus.on_reconnect(self._router.bus_reconnected)
             watching = [
                 tasks.create_task(self._groups.watch()),
@@ -123,7 +128,7 @@ class Gateway:
             await self._bus.subscribe(subjects.gateway(self._id, ">"), self._on_message)
             await self._bus.subscribe(subjects.CHANGED, self._groups.on_changed)
             await self._nats_api.subscribe()
-            server = _Server(http_server_config(self._api, settings))
+            server = _Server(http_server_config(self._api, settings, answers))
             serving = tasks.create_task(_serve_http(server, settings, lifetime))
             async with heartbeats(
                 self.record, self._records.write_gateway, self._records.remove_gateway, settings.heartbeat_s
@@ -151,7 +156,7 @@ class Gateway:
             version=__version__,
             started_at=self._started_at,
             heartbeat=heartbeat,
-            address=f"http://{advertised(self._settings.http_host)}:{self._settings.http_port}",
+            address=self._address,
             open_requests=len(self._router),
             waiting_requests=sum(waiting.prefill.num_waiting for _, waiting in queues.values()),
             traffic={
@@ -223,7 +228,7 @@ class Gateway:
 
 def _can_serve(group: Group) -> bool:
     limits = routing.longest_by_fingerprint(group.ready("decode"))
-    return any(routing.can_prefill(None, 0, limits, one) for one in group.ready("prefill"))
+    return any(routing.can_prefill(None, 1, limits, one) for one in group.ready("prefill"))
 
 
 class _Server(uvicorn.Server):

@@ -312,7 +312,8 @@ async def test_a_client_that_never_listened_ends_its_request(one: Served) -> Non
 
 
 def count(one: Served, code: str) -> float:
-    return one.metrics.requests.labels("nats", code)._value.get()
+    counted: float = one.metrics.requests.labels("nats", code)._value.get()
+    return counted
 
 
 async def test_draining_ends_open_requests_with_an_error(one: Served) -> None:

@@ -9,23 +9,22 @@ import httpx
 import pytest
 
 from services.gateway import groups as groups_module
-from services.gateway import line as line_module
+from services.gateway import instance_client
 from services.gateway.service import Gateway
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus
 from shared.messages.records import GroupMap, Member, Role, Traffic
-from shared.messages.serving import AskReply, PrefillRequest, SlotFreed
+from shared.messages.serving import AskReply, Message, SlotFreed, StepTokens
 from shared.process import Lifetime
 from shared.registry import registry
 from shared.registry.registry import Lead, Registry
 from shared.settings import GatewaySettings
 from shared.text.tokenizer import Tokenizer
-from tests.gateway.openai.conftest import DEMO
-from tests.gateway.scripted import Scripted, member
+from tests.gateway.openai.conftest import DEMO, ids_of
+from tests.gateway.scripted import FULL, NO_SLOT, Scripted, Work, expected, member, token_of
 from tests.harness import eventually, free_port
 from tests.registry.test_view import record
 
-NO_SLOT = AskReply(accepted=False, reason="no_slot")
 PROMPT = [10] * 20
 
 
@@ -39,10 +38,12 @@ class Served:
     lead: Lead
     maps: dict[str, GroupMap] = field(default_factory=dict)
 
-    async def add(self, group: str, name: str, role: Role, *answers: AskReply) -> Scripted:
+    async def add(
+        self, group: str, name: str, role: Role, *answers: AskReply, kind: type[Scripted] = Scripted
+    ) -> Scripted:
         """An instance that is in its group's map."""
-        one = Scripted(self.bus, record(name, role=role, group=group, max_model_len=1000), list(answers))
-        await self.bus.subscribe(subjects.instance(name, ">"), one.handle)
+        one = kind(self.bus, record(name, role=role, group=group, max_model_len=1000), list(answers))
+        await one.subscribe()
         await self.registry.write_instance(one.record)
         await self.change_map(group, member(one.record))
         return one
@@ -54,7 +55,7 @@ class Served:
         changes |= {"members": members, "version": before.version + 1}
         self.maps[group] = before.model_copy(update=changes)
         assert await self.registry.write_map(self.lead, self.maps[group])
-        await self.bus.publish(subjects.map_of(group), self.maps[group])
+        await self.bus.publish(subjects.CHANGED, Message())
 
     async def complete(self, **fields: object) -> httpx.Response:
         body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "return_token_ids": True, **fields}
@@ -72,10 +73,12 @@ class Served:
 
         await eventually(is_so)
 
-    async def metric(self, name: str, scenario: str) -> float:
-        start = f'pdserve_prefix_cache_{name}_tokens_total{{scenario="{scenario}"}} '
+    async def metric(self, name: str) -> float:
         lines = (await self.http.get("/metrics")).text.splitlines()
-        return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
+        return sum(float(line.removeprefix(f"{name} ")) for line in lines if line.startswith(f"{name} "))
+
+    async def cache_metric(self, name: str, scenario: str) -> float:
+        return await self.metric(f'pdserve_prefix_cache_{name}_tokens_total{{scenario="{scenario}"}}')
 
     async def traffic(self) -> dict[str, Traffic]:
         """By group."""
@@ -126,10 +129,10 @@ async def one(nats_url: str, redis_url: str) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-def only_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines ask again when they are told to, and never by themselves."""
-    monkeypatch.setattr(line_module, "ASK_AGAIN_S", 1e6)
-    monkeypatch.setattr(line_module, "ASK_AGAIN_AT_MOST_S", 1e6)
+def only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance that is full is asked again when it says that it has capacity, and not because time has passed."""
+    monkeypatch.setattr(instance_client, "FULL_FIRST_S", 1e6)
+    monkeypatch.setattr(instance_client, "FULL_MAX_S", 1e6)
 
 
 async def test_what_was_cached_is_counted_for_the_scenario_that_was_served(one: Served) -> None:
@@ -142,36 +145,32 @@ async def test_what_was_cached_is_counted_for_the_scenario_that_was_served(one: 
         return bool(chat[1].requests) and await one.is_ready()
 
     await eventually(both_serve)
-    before = {name: await one.metric(name, "chat") for name in ("query", "hit")}
-    other = {name: await one.metric(name, "default") for name in ("query", "hit")}
+    before = {name: await one.cache_metric(name, "chat") for name in ("query", "hit")}
+    other = {name: await one.cache_metric(name, "default") for name in ("query", "hit")}
     answer = (await one.complete(scenario="chat", n=2)).json()
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 5
     assert [len(choice["token_ids"]) for choice in answer["choices"]] == [4, 4]
-    assert await one.metric("query", "chat") == before["query"] + 2 * len(PROMPT)
-    assert await one.metric("hit", "chat") == before["hit"] + 2 * 5
+    assert await one.cache_metric("query", "chat") == before["query"] + 2 * len(PROMPT)
+    assert await one.cache_metric("hit", "chat") == before["hit"] + 2 * 5
     for fields in ({}, {"scenario": "unknown"}, {"scenario": "default"}):
         assert (await one.complete(**fields)).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
-    assert await one.metric("query", "default") == other["query"] + 3 * len(PROMPT)
-    assert await one.metric("hit", "default") == other["hit"] + 3 * 16
-    assert await one.metric("query", "chat") == before["query"] + 2 * len(PROMPT)
+    assert await one.cache_metric("query", "default") == other["query"] + 3 * len(PROMPT)
+    assert await one.cache_metric("hit", "default") == other["hit"] + 3 * 16
+    assert await one.cache_metric("query", "chat") == before["query"] + 2 * len(PROMPT)
 
 
 async def test_a_batch_request_may_wait_and_another_has_the_objective_of_its_group(one: Served) -> None:
-    prefill = await one.add("default", "p1", "prefill")
+    prefill = await one.add("default", "p1", "prefill", *FULL)
     await one.add("default", "d1", "decode")
-    await one.change_map("default", ttft_s=50.0)
+    await one.change_map("default", ttft_s=0.4)
     await eventually(one.is_ready)
-
-    async def has_an_objective() -> bool:
-        await one.complete()
-        last = prefill.requests[-1]
-        return isinstance(last, PrefillRequest) and last.first_token_by is not None
-
-    await eventually(has_an_objective)
-    await one.complete(priority="batch")
-    last = prefill.requests[-1]
-    assert isinstance(last, PrefillRequest)
-    assert last.first_token_by is None
+    waiting = asyncio.create_task(one.complete(priority="batch"))
+    late = await one.complete()
+    assert late.status_code == 429
+    assert "first token within 0.4 s" in late.json()["error"]["message"]
+    assert not waiting.done()
+    prefill.answers = []
+    assert (await waiting).status_code == 200
 
 
 async def test_it_tells_what_each_group_does(one: Served) -> None:
@@ -179,7 +178,7 @@ async def test_it_tells_what_each_group_does(one: Served) -> None:
     decode = await one.add("default", "d1", "decode")
     await eventually(one.is_ready)
     await one.complete()
-    decode.answers = [NO_SLOT] * 10_000
+    decode.answers = list(FULL)
     waiting = asyncio.create_task(one.complete())
 
     async def is_told() -> bool:
@@ -191,37 +190,34 @@ async def test_it_tells_what_each_group_does(one: Served) -> None:
     assert (await waiting).status_code == 200
 
 
-async def test_a_slot_that_becomes_free_is_told_to_the_line_that_it_is_for(one: Served, only_hints: None) -> None:
-    async def knows_both() -> bool:
-        return (await one.traffic()).keys() == {"chat", "default"}
-
-    await one.change_map("chat")
+async def test_a_slot_that_becomes_free_lets_that_instance_be_asked_again(one: Served, only_when_told: None) -> None:
     prefill = await one.add("default", "p1", "prefill")
     decode = await one.add("default", "d1", "decode")
     await eventually(one.is_ready)
-    await eventually(knows_both)
-    for refusing, role, wrong in ((prefill, "prefill", "decode"), (decode, "decode", "prefill")):
-        num_before = len(refusing.requests)
-        refusing.answers = [NO_SLOT]
+    full: Scripted
+    role: Role
+    for full, role in ((prefill, "prefill"), (decode, "decode")):
+        name, num_before = full.record.id, len(full.requests)
+        full.answers = [NO_SLOT]
         waiting = asyncio.create_task(one.complete())
-        await eventually(lambda refusing=refusing, n=num_before: len(refusing.requests) == n + 1)
-        for group, freed in (("chat", role), ("nobody", role), ("default", wrong)):
-            await refusing.tell("slot_freed", SlotFreed(instance_id="x", group=group, role=freed))
-        await refusing.bus.flush()
+        await eventually(lambda full=full, n=num_before: len(full.requests) == n + 1)  # type: ignore[misc]
+        for group, freed in (("nobody", name), ("default", "x")):
+            await full.tell("slot_freed", SlotFreed(instance_id=freed, group=group, role=role))
+        await full.bus.flush()
         assert await one.is_ready()
-        assert len(refusing.requests) == num_before + 1
-        await refusing.tell("slot_freed", SlotFreed(instance_id="x", group="default", role=role))
+        assert len(full.requests) == num_before + 1
+        await full.tell("slot_freed", SlotFreed(instance_id=name, group="default", role=role))
         assert (await waiting).status_code == 200
-        assert len(refusing.requests) == num_before + 2
+        assert len(full.requests) == num_before + 2
 
 
 async def test_a_new_member_serves_those_who_wait(
-    nats_url: str, redis_url: str, only_hints: None, monkeypatch: pytest.MonkeyPatch
+    nats_url: str, redis_url: str, only_when_told: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its map is announced, and nothing else says that it is there."""
     monkeypatch.setattr(groups_module, "READ_EVERY_S", 1e6)
     async with serving(nats_url, redis_url, instance_wait_s=60.0) as one:
-        full = await one.add("default", "p1", "prefill", *[NO_SLOT] * 100)
+        full = await one.add("default", "p1", "prefill", *FULL)
         await one.add("default", "d1", "decode")
         await eventually(one.is_ready)
         waiting = asyncio.create_task(one.complete())
@@ -240,3 +236,92 @@ async def test_it_is_not_ready_while_no_group_has_both_roles(one: Served) -> Non
     )
     await one.add("chat", "p2", "prefill")
     await eventually(one.is_ready)
+
+
+class Speaks(Scripted):
+    """Decodes a text, and never comes to an end."""
+
+    text = "import os\nimport sys\nimport re\n"
+
+    async def decode(self, work: Work, up_to: int | None = None) -> list[int]:
+        for token_id in ids_of(Tokenizer(DEMO), self.text):
+            token = token_of(work, work.token_ids)
+            index = len(work.token_ids) - work.num_prompt_tokens
+            work.token_ids.append(token_id)
+            token = token.model_copy(update={"index": index, "token_id": token_id})
+            await self.tell("tokens", StepTokens(instance_id=self.record.id, tokens=[token]))
+        return work.token_ids
+
+
+async def both(one: Served, kind: type[Scripted]) -> tuple[Scripted, Scripted]:
+    """A prefill and a decode instance, ready; `kind` is the second one's."""
+    prefill, decode = await one.add("default", "p1", "prefill"), await one.add("default", "d1", "decode", kind=kind)
+    await eventually(one.is_ready)
+    return prefill, decode
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stop_string_ends_the_request_at_the_instance(one: Served, stream: bool) -> None:
+    _, decode = await both(one, Speaks)
+    answer = await one.complete(max_tokens=500, stop="sys", stream=stream)
+    assert answer.status_code == 200
+    assert "stop" in answer.text
+    assert "import re" not in answer.text
+    # The cancel was sent before the last part of the answer.
+    [work] = decode.requests
+    await eventually(lambda: decode.cancelled == [work.request_id])
+    assert await one.metric("pdserve_retries_total") == 0
+
+
+async def test_closing_the_stream_ends_the_request_at_the_instance(one: Served) -> None:
+    _, decode = await both(one, Speaks)
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": 500, "stream": True}
+    async with one.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.aiter_lines()
+        assert (await anext(lines)).startswith("data: ")
+        await eventually(lambda: decode.requests)
+        [work] = decode.requests
+        assert decode.cancelled == []
+    await eventually(lambda: decode.cancelled == [work.request_id])
+    await eventually(lambda: is_metric(one, 'pdserve_requests_total{code="cancelled",endpoint="completions"}', 1))
+
+
+async def is_metric(one: Served, name: str, value: float) -> bool:
+    return await one.metric(name) == value
+
+
+class FallsSilent(Scripted):
+    """Sends two tokens of its first request and then no more, without a finish reason."""
+
+    async def serve(self, work: Work) -> None:
+        await self.decode(work, up_to=3 if len(self.requests) == 1 else None)
+
+
+async def test_tokens_that_end_without_a_reason_go_on_in_another_attempt(nats_url: str, redis_url: str) -> None:
+    async with serving(nats_url, redis_url, token_timeout_s=0.3) as one:
+        await both(one, FallsSilent)
+        answer = await one.complete(max_tokens=8)
+        assert answer.json()["choices"][0]["token_ids"] == expected(PROMPT, 8)
+        assert await one.metric("pdserve_retries_total") == 1
+        assert await one.metric('pdserve_failed_attempts_total{reason="counted"}') == 1
+        assert await one.metric("pdserve_instance_pauses_total") == 1
+        assert await one.metric("pdserve_lost_instances_total") == 0
+
+
+async def test_a_request_whose_tokens_never_end_ends_by_its_deadline(nats_url: str, redis_url: str) -> None:
+    async with serving(nats_url, redis_url, request_timeout_s=0.5) as one:
+        _, decode = await both(one, Speaks)
+        answer = await one.complete(max_tokens=500)
+        assert answer.status_code == 504
+        await eventually(lambda: decode.cancelled == [decode.requests[0].request_id])
+
+
+async def test_an_instance_that_dies_is_counted_and_its_request_goes_on(one: Served) -> None:
+    _, dying = await both(one, FallsSilent)
+    asking = asyncio.create_task(one.complete(max_tokens=8))
+    await eventually(lambda: dying.requests)
+    await one.add("default", "d2", "decode")
+    await dying.vanish()
+    assert (await asking).json()["choices"][0]["token_ids"] == expected(PROMPT, 8)
+    assert await one.metric("pdserve_lost_instances_total") == 1
+    assert await one.metric("pdserve_retries_total") == 1

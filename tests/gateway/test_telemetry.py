@@ -1,5 +1,6 @@
 """Metrics: their values, and that nothing that clients name makes them grow without bound."""
 
+import asyncio
 import time
 
 from services.gateway.telemetry import (
@@ -9,6 +10,10 @@ from services.gateway.telemetry import (
     GatewayMetrics,
     TrafficCounts,
 )
+from tests.gateway.scripted import expected, fleet
+from tests.harness import eventually
+
+PROMPT = [3, 1, 4, 1, 5]
 
 
 def lines_of(metrics: GatewayMetrics) -> list[str]:
@@ -56,6 +61,29 @@ def test_repairs_are_counted() -> None:
     for name in ("retries", "lost_instances", "hedged_asks", "instance_pauses"):
         assert f"pdserve_{name}_total 1.0" in lines
     assert 'pdserve_failed_attempts_total{reason="no answer"} 1.0' in lines
+
+
+async def test_a_second_instance_asked_is_counted(nats_url: str) -> None:
+    async with fleet(nats_url, answer_timeout_s=30.0) as one:
+        silent = await one.add("p1", "prefill", None)
+        await one.add("d", "decode")
+        asking = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: silent.requests)
+        await one.add("p2", "prefill")
+        assert await asking == expected(PROMPT, 8)
+        lines = lines_of(one.metrics)
+    assert "pdserve_hedged_asks_total 1.0" in lines
+    assert "pdserve_instance_pauses_total 0.0" in lines
+
+
+async def test_an_instance_that_does_not_answer_is_not_asked_for_a_while(nats_url: str) -> None:
+    async with fleet(nats_url) as one:
+        await one.add("p1", "prefill", None)
+        await one.add("d", "decode")
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        lines = lines_of(one.metrics)
+    assert "pdserve_instance_pauses_total 1.0" in lines
+    assert "pdserve_hedged_asks_total 0.0" in lines
 
 
 def test_traffic_adds_up() -> None:
