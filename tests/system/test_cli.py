@@ -240,7 +240,7 @@ def test_a_model_that_cannot_be_served_is_named(tmp_path: Path, kind: str, sente
     ("arguments", "environment", "sentence"),
     [
         (["--redis", "redis://127.0.0.1:1"], {}, "no Redis answers at redis://127.0.0.1:1"),
-        (["--nats", "nats://127.0.0.1:1"], {}, "no NATS server takes us at nats://127.0.0.1:1"),
+        (["--nats", "nats://127.0.0.1:1"], {}, "Cannot connect to NATS at nats://127.0.0.1:1"),
         ([], {"PDSERVE_HTTP_PROT": "1"}, "did you mean PDSERVE_HTTP_PORT"),
         ([], {"PDSERVE_DECODE_SLOTS": "none"}, "PDSERVE_DECODE_SLOTS='none' cannot be used"),
         (["--prefill", "0"], {}, "not a number of 1 or more"),
