@@ -70,6 +70,9 @@ class Outcome:
     first_token_at: float | None = None
     done_at: float | None = None
     num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    token_at: list[float] = field(default_factory=list)
+    """When each token came."""
     cached_tokens: int = 0
     error: str | None = None
     """The code of the terminal error, or what went wrong with the answer."""
@@ -129,6 +132,8 @@ class LoadClient:
             token_ids = event["token_ids"]
             assert isinstance(token_ids, list)
             outcome.num_tokens += len(token_ids)
+            outcome.token_ids += token_ids
+            outcome.token_at += [now] * len(token_ids)
             return False
         outcome.done_at = now
         if event["type"] == "error":
