@@ -65,6 +65,7 @@ class System:
         settings: Mapping[str, object] | None = None,
         controller: Mapping[str, object] | None = None,
         gateway: Mapping[str, object] | None = None,
+        num_gateways: int = 1,
     ) -> None:
         tame_threads()
         self.folder = folder
@@ -74,7 +75,7 @@ class System:
         self.nats_url = self.nats.of("operator")
         """For operators' commands, and for clients that are not about accounts."""
         self.redis_url = servers.start_redis()
-        self.port = free_port()
+        self.ports = [free_port() for _ in range(num_gateways)]
         self.settings = {
             "redis_url": self.redis_url,
             "heartbeat_s": HEARTBEAT_S,
@@ -84,12 +85,7 @@ class System:
             **(settings or {}),
         }
         self.context = fork_server(["transformers.models.llama.modeling_llama"])
-        self.gateway = Program(
-            "gateway",
-            "services.gateway",
-            {"local_prefill": "off", **self._settings_of("gateway"), "http_port": self.port, **(gateway or {})},
-            folder / "gateway.log",
-        )
+        self.gateways = [self._gateway(number, port, gateway or {}) for number, port in enumerate(self.ports)]
         # Roles are left alone unless a test wants otherwise: it says itself who plays what.
         controller = {"control": "off", **self._settings_of("controller"), **(controller or {})}
         self.controller = Program("controller", "services.controller", controller, folder / "controller.log")
@@ -97,12 +93,24 @@ class System:
         self.instances += [self._instance("decode", n) for n in range(num_decode)]
 
     @property
+    def gateway(self) -> Program:
+        return self.gateways[0]
+
+    @property
+    def port(self) -> int:
+        return self.ports[0]
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self.url_of(0)
+
+    def url_of(self, number: int) -> str:
+        """The HTTP API of a gateway."""
+        return f"http://127.0.0.1:{self.ports[number]}"
 
     @property
     def children(self) -> list[Child]:
-        return [self.controller, self.gateway, *self.instances]
+        return [self.controller, *self.gateways, *self.instances]
 
     def start(self) -> "System":
         """Starts everything and waits until it can serve."""
@@ -112,15 +120,16 @@ class System:
         return self
 
     def wait_until_ready(self) -> None:
-        """Waits until the gateway is ready and every instance is known, as the process that it is now."""
+        """Waits until each gateway is ready and every instance is known, as the process that it is now."""
         wait_until(lambda: self._all_run() and self._is_ready() and self._all_are_known())
 
     def stop(self) -> None:
         """Ends everything as `pdserve up` does; nothing may be left."""
-        for wave in ([self.gateway], self.instances, [self.controller]):
+        waves: list[list[Child]] = [[*self.gateways], [*self.instances], [self.controller]]
+        for wave in waves:
             for child in wave:
                 child.terminate()
-            for child in wait_for_exit(list(wave), 20.0):
+            for child in wait_for_exit(wave, 20.0):
                 child.kill()
                 raise AssertionError(f"{child.name} did not end: {last_words(child.log)}")
         self.servers.stop()
@@ -178,6 +187,11 @@ class System:
     def instance(self, role: str, number: int = 0) -> Forked:
         return next(one for one in self.instances if one.name == f"{role}-{number}")
 
+    def _gateway(self, number: int, port: int, settings: Mapping[str, object]) -> Program:
+        name = f"gateway-{number}" if number else "gateway"
+        settings = {"local_prefill": "off", **self._settings_of("gateway"), "http_port": port, **settings}
+        return Program(name, "services.gateway", settings, self.folder / f"{name}.log")
+
     def _instance(self, role: str, number: int) -> Forked:
         name = f"{role}-{number}"
         settings = {"kv_pool_bytes": 2**28, **self._settings_of("instance"), "role": role, "threads": 1}
@@ -204,6 +218,9 @@ class System:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health/ready", timeout=2.0, trust_env=False).status_code == 200
+            return all(
+                httpx.get(f"{self.url_of(number)}/health/ready", timeout=2.0, trust_env=False).status_code == 200
+                for number in range(len(self.gateways))
+            )
         except httpx.TransportError:
             return False

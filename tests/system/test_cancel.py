@@ -103,7 +103,8 @@ async def test_by_message(narrow: System) -> None:
         answer = await client.send({"id": "mine", "prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True})
         assert (await next_message(answer))["type"] == "chunk"
         for request_id in ("nobody's", "mine", "mine"):
-            await client.connection.publish("pdserve.v1.cancel", json.dumps({"id": request_id}).encode())
+            cancel = {"id": request_id, "inbox": answer.subject}
+            await client.connection.publish("pdserve.v1.cancel", json.dumps(cancel).encode())
         message: Json = {"type": "chunk"}
         while message["type"] == "chunk":
             message = await next_message(answer)

@@ -121,7 +121,8 @@ BAD: dict[str, tuple[Json | bytes, str, str | None, str]] = {
     "top_p 0": ({"prompt": "x", "top_p": 0}, "invalid_request", "top_p", "greater than 0"),
     "logprobs 21": ({"prompt": "x", "logprobs": 21}, "invalid_request", "logprobs", "less than or equal to 20"),
     "bias of nothing": ({"prompt": "x", "logit_bias": {"9999": 1}}, "invalid_request", "logit_bias", "0 to 4095"),
-    "empty stop": ({"prompt": "x", "stop": ["a", ""]}, "invalid_request", None, "stop"),
+    "empty stop": ({"prompt": "x", "stop": ["a", ""]}, "invalid_request", "stop", "1 to 1024 characters"),
+    "bias of no id": ({"prompt": "x", "logit_bias": {"x": 1}}, "invalid_request", "logit_bias", "not a token id"),
     "timeout 0": ({"prompt": "x", "timeout_s": 0}, "invalid_request", "timeout_s", "over 0"),
     "timeout below 0": ({"prompt": "x", "timeout_s": -1.5}, "invalid_request", "timeout_s", "over 0"),
     "id with a dot": ({"prompt": "x", "id": "a.b"}, "invalid_request", "id", "id"),
@@ -157,6 +158,11 @@ async def test_an_id_that_is_in_use(system: System, client: NatsClient) -> None:
     assert refused["error"]["code"] == "invalid_request"  # type: ignore[index]
     assert refused["error"]["param"] == "id"  # type: ignore[index]
     await client.connection.publish("pdserve.v1.cancel", b'{"id": "taken"}')
+    await client.connection.publish("pdserve.v1.cancel", b'{"id": "taken", "inbox": "_INBOX.another"}')
+    assert (await client.answer({"prompt": "x", "max_tokens": 3}))[-1]["type"] == "done"
+    assert (await next_message(first))["type"] == "chunk", "only its own client can cancel it"
+    cancel = {"id": "taken", "inbox": first.subject}
+    await client.connection.publish("pdserve.v1.cancel", json.dumps(cancel).encode())
     while (message := await next_message(first))["type"] == "chunk":
         pass
     assert message["error"]["code"] == "cancelled"  # type: ignore[index]
@@ -171,7 +177,8 @@ async def test_cancelled_as_soon_as_sent(system: System, client: NatsClient) -> 
         name = f"brief-{number}"
         request = {"id": name, "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
         answers.append(await client.send(request))
-        await client.connection.publish("pdserve.v1.cancel", json.dumps({"id": name}).encode())
+        cancel = {"id": name, "inbox": answers[-1].subject}
+        await client.connection.publish("pdserve.v1.cancel", json.dumps(cancel).encode())
     for answer in answers:
         while (message := await next_message(answer))["type"] == "chunk":
             pass
