@@ -116,7 +116,7 @@ def restart_decode(system: System, settings: dict[str, object]) -> None:
 def another_gateway(system: System, **settings: object) -> Iterator[str]:
     """The URL of one more gateway, with settings of its own."""
     port = free_port()
-    settings = {**system.settings, "http_port": port, **settings}
+    settings = {"nats_url": system.nats.of("gateway"), **system.settings, "http_port": port, **settings}
     gateway = Program("another gateway", "services.gateway", settings, system.folder / "another-gateway.log")
     gateway.start()
     url = f"http://127.0.0.1:{port}"
