@@ -17,8 +17,11 @@ FULL_MAX_S = 0.2
 CAPACITY_FRESH_S = 1.0
 INLINE_TOKENS = 512
 """A prompt this short travels with the question: a rejection then costs little more."""
+MIN_BLOCK_TOKENS = 8
+"""A block of KV has at least so many tokens (`InstanceSettings.block_size`)."""
 BREAKER_FIRST_S = 0.25
 BREAKER_MAX_S = 30.0
+MAX_DOUBLINGS = 16
 PROBE_S = 2.0
 """After a failure one request at a time tries an instance or link, for so long at most, until one succeeds."""
 FAILURE_WINDOW_S = 60.0
@@ -50,7 +53,8 @@ class CircuitBreaker:
     def failed(self, now: float) -> None:
         self.num_failures += 1
         self.probe_until = 0.0
-        self.open_until = now + min(BREAKER_FIRST_S * 2 ** (self.num_failures - 1), BREAKER_MAX_S)
+        num_doublings = min(self.num_failures - 1, MAX_DOUBLINGS)
+        self.open_until = now + min(BREAKER_FIRST_S * 2**num_doublings, BREAKER_MAX_S)
         self.failed_at = [*self.failed_at[-MAX_FAILURE_TIMES:], now]
 
     def succeeded(self) -> None:
@@ -94,14 +98,25 @@ class InstanceClient:
         return not self._questions or (len(self._questions) < self.capacity.slots_free and has_tokens)
 
     def count_question(self, question: asyncio.Task[None], num_tokens: int) -> None:
-        """Counts a question from before it is sent until its task has ended."""
+        """Counts a question from before it is sent until it or its task has ended."""
         self._questions[question] = num_tokens
-        question.add_done_callback(self._questions.pop)
+        question.add_done_callback(self.question_ended)
 
-    def accepts_surely(self, role: Role, now: float) -> bool:
-        """Returns whether acceptance is almost certain, so that the work travels with the question."""
-        is_fresh = now - self.capacity_at < CAPACITY_FRESH_S
-        return is_fresh and self.capacity.slots_free > 1 and (role == "decode" or self.capacity.tokens_free > 0)
+    def question_ended(self, question: asyncio.Task[None]) -> None:
+        self._questions.pop(question, None)
+
+    def accepts_surely(self, role: Role, now: float, num_tokens: int = 0) -> bool:
+        """Returns whether a request of `num_tokens` is almost certainly accepted: its work travels with the question.
+
+        Otherwise a rejection would cost as much as the request is long.
+        """
+        capacity = self.capacity
+        if now - self.capacity_at >= CAPACITY_FRESH_S or capacity.slots_free <= 1:
+            return False
+        if num_tokens > capacity.blocks_free * MIN_BLOCK_TOKENS:
+            return False
+        starts_next = capacity.tokens_free > 0 and (num_tokens <= capacity.tokens_free or capacity.starts_in_s == 0)
+        return role == "decode" or starts_next
 
     def starts_at(self) -> float:
         """Returns when a prompt that is accepted now would begin to be computed, as far as known."""

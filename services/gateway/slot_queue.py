@@ -94,7 +94,7 @@ class Entry(Waiting):
         until: when it stops waiting (monotonic).
         matched: the share of its prompt that instances have cached, by instance id.
         asks: the questions under way, by instance id.
-        rejected_at: when an instance rejected it for a reason that concerns this request alone.
+        rejected_at: when an instance was asked that rejected it for a reason that concerns this request alone.
         too_long_for: instances whose whole pool is too small for it.
         alone_since: since when no ready instance can serve it at all.
     """
@@ -333,16 +333,16 @@ class SlotQueue:
     async def _ask(self, entry: Entry, record: InstanceRecord) -> None:
         """Asks one instance. Its errors end this question only."""
         request, client = entry.request, self._instances.client(record.id)
-        start = Start(request_id=request.attempt_id, token_ids=request.token_ids, sampling=request.sampling)
-        inline = len(request.token_ids) <= INLINE_TOKENS or client.accepts_surely(self._role, time.monotonic())
-        ask = question(request, record, self._router.gateway_id, entry.lease, start if inline else None)
+        num_tokens = len(request.token_ids)
+        inline = num_tokens <= INLINE_TOKENS or client.accepts_surely(self._role, time.monotonic(), num_tokens)
+        ask = question(request, record, self._router.gateway_id, entry.lease, _work(request) if inline else None)
         self._router.join(request, record.id)
         try:
             reply = await client.ask(self._role, ask, self._settings.answer_timeout_s)
             if reply.accepted:
                 if not entry.result.done():
                     request.asked.discard(record.id)
-                    entry.result.set_result(Accepted(record, entry.num_rejections, None if inline else start))
+                    entry.result.set_result(Accepted(record, entry.num_rejections, None if inline else _work(request)))
                     return
                 reply = reply.model_copy(update={"reason": "duplicate"})
                 await client.cancel(request.attempt_id)
@@ -362,20 +362,27 @@ class SlotQueue:
             log.exception("internal error while asking %s for request %s", record.id, request.id)
             entry.fail(InternalError("The gateway failed at this request; its log says why."))
         finally:
-            del entry.asks[record.id]
+            client.question_ended(entry.asks.pop(record.id).task)
             self.notify()
 
     def _rejected(self, entry: Entry, client: InstanceClient, reply: AskReply) -> None:
         entry.num_rejections += 1
+        sent_at = entry.asks[client.instance_id].sent_at
         if reply.reason in INSTANCE_IS_FULL:
-            client.full()
+            if client.freed_at < sent_at:  # else it has had capacity again since
+                client.full()
         elif reply.reason == "too_long":
             entry.too_long_for.add(client.instance_id)
         elif reply.reason == "invalid":
             message = f"{client.instance_id} cannot read this request: do gateway and instances run one version?"
             entry.fail(InstanceFailed(message))
         else:
-            entry.rejected_at[client.instance_id] = time.monotonic()
+            entry.rejected_at[client.instance_id] = sent_at
+
+
+def _work(request: Request) -> Start:
+    """Returns the work of a request, which costs as much as the request is long."""
+    return Start(request_id=request.attempt_id, token_ids=request.token_ids, sampling=request.sampling)
 
 
 def _nobody(role: Role, request: Request) -> PDServeError:

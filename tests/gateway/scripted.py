@@ -118,7 +118,9 @@ class Scripted:
             await incoming.respond(Pong(unknown=[one for one in ping.request_ids if one in self.unknown]))
         elif verb == "start":
             start = incoming.parse(Start)
-            work = next(one for one in self.requests if one.request_id == start.request_id and one.start is None)
+            work = next(
+                one for one in reversed(self.requests) if one.request_id == start.request_id and one.start is None
+            )
             work.start = start
             await self.serve(work)
         elif verb in ("prefill", "decode"):
@@ -290,7 +292,7 @@ class Fleet:
         group: Group | None = None,
         **changes: object,
     ) -> Scripted:
-        one = kind(self.bus, record(name, role=role, **changes), list(answers))
+        one = kind(self.bus, record(name, role=role, **changes), list(answers))  # type: ignore[arg-type]
         await one.subscribe()
         one.refresh = self.refresh
         self.instances[name] = one

@@ -211,7 +211,7 @@ def test_a_failure_that_does_not_count_is_remembered_by_its_instance_only() -> N
 async def test_a_reader_gets_everything_that_arrived() -> None:
     output = TokenOutput()
     first, second = made(output=output), made(output=output)
-    reading = asyncio.create_task(output.read())  # type: ignore[arg-type, var-annotated]
+    reading = asyncio.create_task(output.read())
     await asyncio.sleep(0)
     first.push_token("d", token(0))
     second.push_token("d", token(0))
@@ -233,7 +233,7 @@ async def test_an_error_comes_after_the_tokens_before_it_and_nothing_follows_it(
 
 async def test_an_error_wakes_the_reader() -> None:
     output = TokenOutput()
-    reading = asyncio.create_task(output.read())  # type: ignore[arg-type, var-annotated]
+    reading = asyncio.create_task(output.read())
     await asyncio.sleep(0)
     output.fail(InternalError("mine"))
     with pytest.raises(InternalError, match="mine"):
