@@ -24,7 +24,7 @@ def shares(matched: Mapping[str, int], num_tokens: int, block_tokens: int = PREF
 class PrefixAffinity:
     """Remembers which instance has computed which blocks, for a limited number of pairs of an instance and a block.
 
-    The pair that was used longest ago is forgotten first, and of one prompt the last block. So an instance that has a
+    The pair that was used longest ago is dropped first, and of one prompt the last block. So an instance that has a
     block has all blocks before it, too.
     """
 
@@ -75,7 +75,7 @@ class PrefixAffinity:
         return next((count for count, key in enumerate(keys) if key not in known), len(keys)) if known else 0
 
     def forget(self, instance_id: str) -> None:
-        """Forgets an instance that has ended or lost its cache."""
+        """Drops an instance that has ended or lost its cache."""
         for key in self._keys_of.get(instance_id, set()).copy():
             self._remove(key, instance_id)
 

@@ -40,7 +40,7 @@ NUM_DONE_FOR_MEAN = 128
 """Finished requests over which means are taken."""
 
 MAX_LABELS = 64
-"""How many labels have their traffic counted; the one that was seen longest ago is forgotten first."""
+"""How many labels have their traffic counted; the one that was seen longest ago is dropped first."""
 NO_LABEL = ""
 """The label under which requests without one are counted."""
 

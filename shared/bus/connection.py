@@ -242,7 +242,7 @@ class Bus:
                 log.warning("NATS did not confirm what was sent: %r", error)
 
     async def watch(self) -> None:
-        """Renews a connection of which the library has given up, or taken no notice. Runs until cancelled."""
+        """Renews a connection that the library has closed, or whose end it has not noticed. Runs until cancelled."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             try:
