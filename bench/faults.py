@@ -137,7 +137,7 @@ async def _stream_round(
     async def fault(client: LoadClient) -> None:
         nonlocal fault_at, num_victims
         num_before = choose.randrange(*TOKENS_BEFORE)
-        await _until(lambda: min(one.num_tokens for one in client.outcomes) >= num_before)
+        await _until(lambda: min((one.num_tokens for one in client.outcomes), default=0) >= num_before)
         if target is not None:
             num_victims = next(one for one in (await ask(nats_url)).instances if one.id == target.id).slots_used
             fault_at = _do(arguments.fault, target)

@@ -41,7 +41,7 @@ from shared.registry.heartbeats import Heartbeat
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
 
-ACCEPTED = AskReply(accepted=True, capacity=Capacity(slots_free=8, tokens_free=512, blocks_free=1000))
+ACCEPTED = AskReply(accepted=True, capacity=Capacity(slots_free=8, tokens_free=512, blocks_free=1000, starts_in_s=0.1))
 REJECTED = AskReply(accepted=False, reason="no_blocks", capacity=Capacity(slots_free=8, tokens_free=512))
 COUNT = "bench.questions"
 GATEWAY_ID = "gateway-bench"
@@ -98,9 +98,9 @@ class Gateway:
             {one.id: one for one in records},
         )
         groups = FixedGroups(group, {one.id: Heartbeat.of(one) for one in records})
-        instances = Instances(bus, self.router, lambda lost: None, lambda found: None)
+        self.instances = Instances(bus, self.router, lambda lost: None, lambda found: None)
         settings = GatewaySettings(max_waiting=100_000)
-        self.queue = SlotQueue("prefill", group, groups, instances, self.router, settings, GatewayMetrics())
+        self.queue = SlotQueue("prefill", group, groups, self.instances, self.router, settings, GatewayMetrics())
         for number in range(scale.num_streams):
             request = self.request(30)
             self.router.open(request)
@@ -207,21 +207,22 @@ async def _until_answered(gateway: Gateway) -> None:
 
 async def _measure(gateway: Gateway, num_tokens: int, arguments: argparse.Namespace, *, accept: bool) -> float:
     """Returns the CPU seconds of this process for each question."""
-    requests = [gateway.request(num_tokens) for _ in range(arguments.requests)]
     num_before = await gateway.num_questions()
-    started_at = time.process_time()
-    for request in requests:
+    seconds = 0.0
+    for _ in range(arguments.requests):
+        request = gateway.request(num_tokens)
         gateway.router.open(request)
         until = time.monotonic() + (LONG_S if accept else REJECTED_WAIT_S)
+        started_at = time.process_time()
         try:
-            await gateway.queue.acquire(request, until=until)
+            accepted = await gateway.queue.acquire(request, until=until)
+            if accepted.start is not None:
+                await gateway.instances.client(accepted.instance.id).start(accepted.start)
         except TimeoutError:
             assert not accept, "all questions are accepted"
-    seconds = time.process_time() - started_at
-    num_questions = await gateway.num_questions() - num_before
-    for request in requests:
+        seconds += time.process_time() - started_at
         await gateway.router.close(request)
-    return seconds / num_questions
+    return seconds / (await gateway.num_questions() - num_before)
 
 
 async def _profile(gateway: Gateway, arguments: argparse.Namespace, *, accept: bool) -> None:
@@ -229,7 +230,7 @@ async def _profile(gateway: Gateway, arguments: argparse.Namespace, *, accept: b
     profile.enable()
     await _measure(gateway, arguments.prompts[0], arguments, accept=accept)
     profile.disable()
-    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
 
 
 def _record(label: str, number: int) -> InstanceRecord:
