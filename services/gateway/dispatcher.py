@@ -350,10 +350,10 @@ class Dispatcher:
         try:
             queue = self.queues(group).of(role)
             accepted = await queue.acquire(request, until=until, lease=lease, first_token_by=first_token_by)
+            span.set_attribute(tracing.INSTANCE_ID, accepted.instance.id)
+            span.set_attribute(tracing.REJECTIONS, accepted.num_rejections)
         finally:
             span.end()
-        span.set_attribute(tracing.INSTANCE_ID, accepted.instance.id)
-        span.set_attribute(tracing.REJECTIONS, accepted.num_rejections)
         group.affinity.remember(accepted.instance.id, request.prefix_keys)
         return accepted.instance
 
