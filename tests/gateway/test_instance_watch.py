@@ -283,6 +283,9 @@ async def test_a_broken_link_fails_no_request_beside_a_healthy_path(nats_url: st
         assert one.watch.failures() == ({}, {"p1>d1": 1})
         one.remove("d2")  # what p2 computes may go to d1, and p1 is not asked where nobody could fetch from it
         num_computed = len(one.instances["p1"].requests)
+        other = one.request(PROMPT)
+        other.start_attempt()
+        one.router.join(other, "p2")  # p1 has less to do
         for number in range(5):
             assert await one.generate([number]) == expected([number], 8)
         assert num_from(half, "p2") >= 5

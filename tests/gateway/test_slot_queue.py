@@ -246,6 +246,7 @@ async def test_one_question_at_a_time_where_no_capacity_is_known(nats_url: str, 
         await one.add("d", "decode")
         prefill = await one.add("p", "prefill", kind=AnswersWhenLet)
         assert isinstance(prefill, AnswersWhenLet)
+        one.watch.client("p").capacity_at = -1e9
         waiting = [await enqueue(one, number, age_s=-number) for number in range(5)]
         await eventually(lambda: prefill.requests)
         await sent(one)
