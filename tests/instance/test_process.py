@@ -792,10 +792,10 @@ async def test_only_a_gateway_without_subscription_loses_its_requests(
         one.bus.ping_error = error
         num_pings = len(one.bus.pings)
         if isinstance(error, NoResponders):
-            await eventually(lambda: one.records.last["a"].slots_used == 0)
+            await eventually(lambda: one.instances["a"].assignment.roles[0].slots_used == 0)
         else:
             await eventually(lambda: len(one.bus.pings) > num_pings + 5)
-            assert one.records.last["a"].slots_used == 1
+            assert one.instances["a"].assignment.roles[0].slots_used == 1
             await request.cancel("a")
         assert one.bus.pings[0][0] == subjects.gateway(GATEWAY, "ping")
         assert one.bus.pings[0][1].sender_id == "a"

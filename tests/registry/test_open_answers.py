@@ -185,7 +185,7 @@ async def test_a_gateway_that_ends_in_order_leaves_nothing(redis_url: str) -> No
         b'{"inbox": "a.>", "id": "a"}',
         b'{"inbox": "a b", "id": "a"}',
         b'{"inbox": "a\\r\\nPUB x 1", "id": "a"}',
-        b'{"inbox": "' + b"a" * 4000 + b'", "id": "a"}',
+        b'{"inbox": "' + b"a" * 5000 + b'", "id": "a"}',
         b'{"inbox": "a", "id": "a", "expires_at": NaN}',
     ],
 )
