@@ -26,7 +26,7 @@ def token(index: int, finish_reason: FinishReason | None = None) -> OutputToken:
 
 
 class Work:
-    """Waits until it is let go on."""
+    """Waits until `goes_on` is set."""
 
     def __init__(self) -> None:
         self.goes_on = asyncio.Event()
