@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager
 from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_watch import Instances
-from services.gateway.prefix_affinity import prefix_keys
 from services.gateway.request import AttemptFailed, DecodeStarted, Finished, Request
 from services.gateway.routing import MAX_LOCAL_PREFILL_TOKENS, GroupLatencies
 from services.gateway.slot_queue import SAMPLE, NoCandidate, SlotQueue, TooLate
@@ -34,6 +33,7 @@ from shared.errors import (
 )
 from shared.messages.records import ROLES, InstanceRecord, Role
 from shared.messages.serving import KVLease, Moved, Prefilled
+from shared.prefix_keys import prefix_keys
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from services.gateway.prefix_affinity import PrefixAffinity
-from services.gateway.scenario_labels import ScenarioLabels
 from services.gateway.telemetry import TrafficCounts
 from shared.bus.connection import Incoming
 from shared.errors import RegistryUnavailable
 from shared.groups import DEFAULT, declared_name
 from shared.messages.records import ROLES, GroupMap, InstanceRecord, Role
+from shared.prefix_affinity import PrefixAffinity
 from shared.registry.follower import InstanceFollower, Reading
 from shared.registry.heartbeats import Heartbeat
 from shared.registry.registry import Registry
+from shared.scenario_labels import ScenarioLabels
 from shared.settings import GatewaySettings
 
 READ_EVERY_S = 0.2

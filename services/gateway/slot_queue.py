@@ -23,7 +23,6 @@ from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_client import INLINE_TOKENS, InstanceClient, question
 from services.gateway.instance_watch import Instances
-from services.gateway.prefix_affinity import shares
 from services.gateway.request import Request
 from services.gateway.routing import Waiting
 from services.gateway.telemetry import GatewayMetrics
@@ -42,6 +41,7 @@ from shared.errors import (
 )
 from shared.messages.records import InstanceRecord, Role
 from shared.messages.serving import AskReply, Capacity, KVLease, Start
+from shared.prefix_affinity import shares
 from shared.settings import GatewaySettings
 
 TICK_S = 0.02

@@ -12,7 +12,7 @@ from services.gateway.events import EventRouter
 from services.gateway.groups import Group
 from services.gateway.instance_watch import Instances
 from services.gateway.request import Request, TokenOutput
-from services.gateway.scenario_labels import ScenarioLabels
+from shared.scenario_labels import ScenarioLabels
 from services.gateway.telemetry import GatewayMetrics
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from services.gateway.api import ApiContext, check_model
-from services.gateway.openai.handler import Completion, Json, check_num_choices, make_completion
+from services.gateway.openai.completion import Completion, Json, check_num_choices, make_completion
 from services.gateway.openai.middleware import RequestContext
 from services.gateway.openai.schemas import ChatCompletionRequest, ChatMessage
 from shared.messages.serving import TokenLogprobs

@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 
 from services.gateway.api import ApiContext, check_model
-from services.gateway.openai.handler import Completion, Json, check_num_choices, make_completion
+from services.gateway.openai.completion import Completion, Json, check_num_choices, make_completion
 from services.gateway.openai.middleware import RequestContext
 from services.gateway.openai.schemas import CompletionRequest
-from services.gateway.sampling import DEFAULT_MAX_TOKENS
 from shared.messages.serving import TokenLogprobs
 from shared.sampling import LEAST_LOGPROB
+from shared.text.sampling_fields import DEFAULT_MAX_TOKENS
 from shared.text.text_stream import TextDelta
 from shared.text.vocabulary import Vocabulary
 

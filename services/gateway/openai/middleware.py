@@ -6,6 +6,8 @@ import logging
 import time
 import uuid
 import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from opentelemetry.trace import SpanKind, Status, StatusCode, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -230,3 +232,35 @@ def _unzip(body: bytearray, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"The body is larger than the {max_bytes} bytes that this service takes: shorten it.")
+
+
+@asynccontextmanager
+async def connected(context: RequestContext) -> AsyncIterator[None]:
+    """Cancels the block when the client disconnects before its response has ended.
+
+    Raises:
+        Cancelled: the client disconnected.
+        Exception: the block's first error, be it of one of its own tasks.
+    """
+
+    async def watch() -> None:
+        while (await context.receive())["type"] != "http.disconnect":
+            pass
+        if not context.has_ended:
+            raise Cancelled("The client disconnected before its response was complete.")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(watch())
+            yield
+            watching.cancel()
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from errors
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Returns what went wrong first; what followed from it stays in the group."""
+    first: BaseException = errors
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

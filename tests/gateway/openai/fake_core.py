@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from services.gateway.openai.handler import first_error
+from services.gateway.openai.middleware import first_error
 from services.gateway.request import Request
 from shared.errors import RequestError
 from shared.messages.serving import OutputToken, TokenLogprobs, TopLogprob

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.prefix_affinity import MAX_MATCHES, PrefixAffinity, shares
+from shared.prefix_affinity import MAX_MATCHES, PrefixAffinity, shares
 from shared.messages.serving import MAX_PREFIX_KEYS
 from shared.prefix_keys import PREFIX_BLOCK_TOKENS, prefix_keys
 

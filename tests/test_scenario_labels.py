@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import scenario_labels
-from services.gateway.scenario_labels import Classifier, ScenarioLabels
+from shared.scenario_labels import Classifier, ScenarioLabels
 from shared.messages.records import LabelTraffic
 from shared.prefix_keys import prefix_keys
 

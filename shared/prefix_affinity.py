@@ -7,8 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
-from shared.prefix_keys import PREFIX_BLOCK_TOKENS as PREFIX_BLOCK_TOKENS
-from shared.prefix_keys import prefix_keys as prefix_keys
+from shared.prefix_keys import PREFIX_BLOCK_TOKENS
 
 MAX_ENTRIES = 10_000
 """Pairs of an instance and a block that are remembered."""
