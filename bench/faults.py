@@ -103,12 +103,14 @@ async def _measure(nats_url: str, arguments: argparse.Namespace) -> Result:
     result = Result()
     choose = random.Random(0)
     play = _burst_round if arguments.fault == "prefill-kill" else _stream_round
-    await _until_all_are_back(nats_url, set())
+    killed_pids: set[int] = set()
+    await _until_all_are_back(nats_url, killed_pids)
     undisturbed, _, _ = await play(nats_url, arguments, choose, None)
     for number in range(arguments.rounds):
-        before = await _until_all_are_back(nats_url, set())
+        before = await _until_all_are_back(nats_url, killed_pids)
         role: Role = "prefill" if arguments.fault == "prefill-kill" else "decode"
-        target = choose.choice([one for one in before.instances if one.role == role])
+        target = choose.choice([one for one in _live(before, killed_pids) if one.role == role])
+        killed_pids |= set() if arguments.fault == "stop" else {target.pid}
         outcomes, fault_at, num_victims = await play(nats_url, arguments, choose, target)
         if arguments.fault == "stop":
             os.kill(target.pid, signal.SIGCONT)
@@ -119,7 +121,6 @@ async def _measure(nats_url: str, arguments: argparse.Namespace) -> Result:
             pauses = sorted((_pause(one, fault_at) for one in outcomes), reverse=True)[:num_victims]
         result.pauses_s += pauses
         print(f"round {number}: {len(pauses)} streams, pauses of {min(pauses):.3f} to {max(pauses):.3f} s", flush=True)
-        await _until_all_are_back(nats_url, set() if arguments.fault == "stop" else {target.pid})
     return result
 
 
@@ -226,8 +227,12 @@ async def _until_all_are_back(nats_url: str, killed_pids: set[int]) -> Status:
             await asyncio.sleep(0.1)
 
 
+def _live(status: Status, killed_pids: set[int]) -> list[InstanceStatus]:
+    return [one for one in status.instances if not one.late and one.pid not in killed_pids]
+
+
 def _all_are_back(status: Status, killed_pids: set[int]) -> bool:
-    live = [one for one in status.instances if not one.late and one.pid not in killed_pids]
+    live = _live(status, killed_pids)
     num_members = sum(len(group.prefill) + len(group.decode) for group in status.groups)
     is_idle = all(one.slots_used == 0 and one.state == "ready" for one in live)
     return len(live) == NUM_INSTANCES == num_members and is_idle

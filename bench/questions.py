@@ -29,17 +29,17 @@ from pdserve.servers import Servers
 from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_watch import Instances
-from services.gateway.prefix_affinity import prefix_keys
 from services.gateway.request import Request, TokenOutput
 from services.gateway.slot_queue import SlotQueue
-from services.gateway.telemetry import GatewayMetrics
 from shared.bus import connection, subjects
 from shared.errors import PeerUnavailable
 from shared.messages.records import GroupMap, InstanceRecord, Member, Role
 from shared.messages.serving import AskReply, Capacity, Ping, Pong
+from shared.prefix_keys import prefix_keys
 from shared.registry.heartbeats import Heartbeat
 from shared.sampling import SamplingParams
 from shared.settings import GatewaySettings
+from shared.telemetry.gateway_metrics import GatewayMetrics
 
 ACCEPTED = AskReply(accepted=True, capacity=Capacity(slots_free=8, tokens_free=512, blocks_free=1000, starts_in_s=0.1))
 REJECTED = AskReply(accepted=False, reason="no_blocks", capacity=Capacity(slots_free=8, tokens_free=512))
