@@ -93,7 +93,6 @@ async def test_clients_of_the_nats_api_get_an_error(system: System, is_restarted
 async def test_clients_of_the_other_gateway_notice_nothing(system: System) -> None:
     async with nats_client(system.nats_url) as client:
         fields: Json = {"prompt_token_ids": prompt_of(40), "max_tokens": 300, "temperature": 0, "ignore_eos": True}
-        expected = (await client.answer(fields))[:-1]
         kill(system, 0)
         answer = await client.send(fields)
         assert (await next_message(answer))["type"] == "chunk"
@@ -102,22 +101,28 @@ async def test_clients_of_the_other_gateway_notice_nothing(system: System) -> No
         await asyncio.to_thread(kill, system, 0)
         [end] = await ends([answer])
         assert end["type"] == "done"
-        assert end["usage"]["completion_tokens"] == sum(len(one["token_ids"]) for one in expected)  # type: ignore
+        assert end["usage"]["completion_tokens"] == 300  # type: ignore[index]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40])
 async def test_what_a_dead_gateway_used_is_released(system: System, num_tokens: int) -> None:
     """Its clients are clients of the HTTP API, of which no other gateway knows."""
     body = completion(max_tokens=ENDLESS, prompt=prompt_of(4000), stream=True)
-    async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as http:
-        with pytest.raises(httpx.TransportError):
-            async with http.stream("POST", f"{system.url}/v1/completions", json=body) as response:
-                lines = response.aiter_lines()
-                for _ in range(num_tokens):
-                    await anext(lines)
-                await asyncio.to_thread(kill, system, 0)
-                async for _ in lines:
-                    pass
+
+    async def stream_until_death() -> None:
+        async with (
+            httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as http,
+            http.stream("POST", f"{system.url}/v1/completions", json=body) as response,
+        ):
+            lines = response.aiter_lines()
+            for _ in range(num_tokens):
+                await anext(lines)
+            await asyncio.to_thread(kill, system, 0)
+            async for _ in lines:
+                pass
+
+    with pytest.raises(httpx.TransportError):
+        await stream_until_death()
     await asyncio.to_thread(system.wait_until_nothing_is_held)
 
 
