@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.prefix_affinity import MAX_MATCHES, PrefixAffinity, shares
 from shared.messages.serving import MAX_PREFIX_KEYS
+from shared.prefix_affinity import MAX_MATCHES, PrefixAffinity, shares
 from shared.prefix_keys import PREFIX_BLOCK_TOKENS, prefix_keys
 
 TOKENS = st.lists(st.integers(0, 2), max_size=12)

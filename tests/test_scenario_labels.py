@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import scenario_labels
-from shared.scenario_labels import Classifier, ScenarioLabels
 from shared.messages.records import LabelTraffic
 from shared.prefix_keys import prefix_keys
+from shared.scenario_labels import Classifier, ScenarioLabels
 
 NAME = re.compile(r"auto-[A-Za-z0-9_-]+")
 MANY = 10**6

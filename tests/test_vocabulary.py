@@ -1,4 +1,4 @@
-"""The field's words: retired ones (docs/glossary.md) do not come back to the parts of the project that are free of them."""
+"""Retired words (docs/glossary.md) do not come back to the parts of the project that are free of them."""
 
 import re
 from pathlib import Path

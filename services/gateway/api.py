@@ -9,9 +9,9 @@ from typing import Protocol
 from opentelemetry.trace import Tracer
 
 from services.gateway.request import Request
-from services.gateway.telemetry import GatewayMetrics
 from shared.errors import ModelNotFound
 from shared.telemetry import tracing
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 
 

@@ -18,10 +18,15 @@ from contextlib import asynccontextmanager
 from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_watch import Instances
-from services.gateway.request import AttemptFailed, DecodeStarted, Finished, Request
-from services.gateway.routing import MAX_LOCAL_PREFILL_TOKENS, GroupLatencies
+from services.gateway.local_prefill import (
+    LOCAL_PREFILL_WAIT_S,
+    MAX_LOCAL_PREFILL_TOKENS,
+    GroupLatencies,
+    is_at_decode_only,
+)
+from services.gateway.request import DecodeStarted, Finished, Request
+from services.gateway.retries import AttemptFailed
 from services.gateway.slot_queue import SAMPLE, NoCandidate, SlotQueue, TooLate
-from services.gateway.telemetry import GatewayMetrics
 from shared.errors import (
     RETRY_AFTER_S,
     DeadlineExceeded,
@@ -31,20 +36,17 @@ from shared.errors import (
     Overloaded,
     RequestError,
 )
-from shared.messages.records import ROLES, InstanceRecord, Role
+from shared.messages.records import InstanceRecord, Role
 from shared.messages.serving import KVLease, Moved, Prefilled
 from shared.prefix_keys import prefix_keys
 from shared.settings import GatewaySettings
 from shared.telemetry import tracing
+from shared.telemetry.gateway_metrics import GatewayMetrics
 
 TTFT_SLACK = 0.05
 """The share of the TTFT objective that is left for the way of the first token."""
-LOCAL_PREFILL_WAIT_S = 0.05
-"""How long a short prompt waits for a decode instance that computes it itself, before it goes to prefill."""
 COMPLETE_WITHIN_S = 1.0
 """How long a request whose last token has arrived may take to be counted, before its task is cancelled."""
-RETRY_PAUSE_S = 0.05
-RETRY_PAUSE_MAX_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -187,11 +189,10 @@ class Dispatcher:
         if failure.instance_id is not None and failure.counts and not failure.in_failed_step:
             self._instances.failed(failure.instance_id, failure.kv_source_id)
             self._metrics.count_pause()
-        num_failures = request.count_failure(failure)
+        num_failures = request.failures.count(failure, len(request.token_ids))
         if num_failures >= self._settings.max_attempts:
             raise InstanceFailed(f"{num_failures} attempts at this request failed without progress, at last: {failure}")
-        if num_failures > 1:
-            await asyncio.sleep(min(RETRY_PAUSE_S * 2 ** (num_failures - 2), RETRY_PAUSE_MAX_S))
+        await asyncio.sleep(request.failures.pause_s)
 
     async def _attempt(self, request: Request, group: Group) -> None:
         """Takes a request from prefill to its last token, in one group."""
@@ -271,7 +272,9 @@ class Dispatcher:
         """Waits while a decode instance's tokens reach the output, until the last one or until it moves the request."""
         accepted_at = time.monotonic()
         event = await request.next_event(self._settings.token_timeout_s)
-        if lease is not None:
+        if lease is None:
+            self._instances.client(decode.id).breaker.succeeded()
+        else:
             await self._fetched(request, group, lease, decode.id)
         if isinstance(event, DecodeStarted):
             started_at = time.monotonic()
@@ -301,7 +304,7 @@ class Dispatcher:
 
     async def _local_prefill(self, request: Request, group: Group) -> InstanceRecord | None:
         """Returns the decode instance that computes the prompt itself; None if the request goes to prefill."""
-        is_needed = self._is_at_decode_only(request, group)
+        is_needed = is_at_decode_only(request, group)
         if not is_needed and not self._is_quicker_at_decode(request, group):
             return None
         request.expect_decode()
@@ -316,13 +319,6 @@ class Dispatcher:
             return None
         request.fingerprint = instance.fingerprint
         return instance
-
-    def _is_at_decode_only(self, request: Request, group: Group) -> bool:
-        """Returns whether only decode instances still have the weights it started on: late in an upgrade."""
-        if not request.has_started or not group.ready("prefill"):
-            return False
-        has_weights = {role: any(one.fingerprint == request.fingerprint for one in group.ready(role)) for role in ROLES}
-        return has_weights["decode"] and not has_weights["prefill"]
 
     def _is_quicker_at_decode(self, request: Request, group: Group) -> bool:
         decoders = group.ready("decode")

@@ -8,7 +8,8 @@ import logging
 import time
 from collections.abc import Collection, Iterable
 
-from services.gateway.request import AttemptFailed, Request
+from services.gateway.request import Request
+from services.gateway.retries import AttemptFailed
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import DeadlineExceeded

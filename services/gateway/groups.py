@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from services.gateway.telemetry import TrafficCounts
+from services.gateway import routing
 from shared.bus.connection import Incoming
 from shared.errors import RegistryUnavailable
 from shared.groups import DEFAULT, declared_name
@@ -22,6 +22,7 @@ from shared.registry.heartbeats import Heartbeat
 from shared.registry.registry import Registry
 from shared.scenario_labels import ScenarioLabels
 from shared.settings import GatewaySettings
+from shared.telemetry.gateway_metrics import TrafficCounts
 
 READ_EVERY_S = 0.2
 MIN_READ_INTERVAL_S = 0.02
@@ -46,6 +47,8 @@ class Group:
         self.affinity = PrefixAffinity()
         self._ready: dict[Role, tuple[InstanceRecord, ...]] = dict.fromkeys(ROLES, ())
         self._by_id: dict[str, InstanceRecord] = {}
+        self._decode_limits: dict[str, int] = {}
+        """The longest request that decode instances take, by fingerprint."""
         self._fingerprints: dict[Role, frozenset[str]] = {role: frozenset() for role in ROLES}
 
     @property
@@ -66,6 +69,16 @@ class Group:
             return all(self._ready[role] for role in ROLES)
         return all(fingerprint in self._fingerprints[role] for role in ROLES)
 
+    def suits(self, role: Role, fingerprint: str | None, num_tokens: int, record: InstanceRecord) -> bool:
+        """Returns whether an instance can serve a request of `num_tokens` at its end, be it full or not.
+
+        Args:
+            fingerprint: the weights that the request has started on; None if any will do.
+        """
+        if role == "decode":
+            return routing.can_decode(fingerprint or record.fingerprint, num_tokens, record)
+        return routing.can_prefill(fingerprint, num_tokens, self._decode_limits, record)
+
     def update(self, group_map: GroupMap, usable: Mapping[str, InstanceRecord]) -> None:
         """Takes the current map, and the records of all live instances of the served model."""
         ready = {role: tuple(_ready_members(group_map, role, usable)) for role in ROLES}
@@ -74,6 +87,7 @@ class Group:
         self.map, self._ready = group_map, ready
         self._by_id = {record.id: record for role in ROLES for record in ready[role]}
         self._fingerprints = {role: frozenset(record.fingerprint for record in ready[role]) for role in ROLES}
+        self._decode_limits = routing.longest_by_fingerprint(ready["decode"])
         self.version += 1
         for notify in self.on_change:
             notify()

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 
 from services.gateway.request import Request
 from shared.bus import subjects
 from shared.bus.connection import Bus
+from shared.circuit_breaker import CircuitBreaker
 from shared.errors import NoResponders, PeerUnavailable
 from shared.messages.records import InstanceRecord, Role
 from shared.messages.serving import MAX_SECONDS, Ask, AskReply, Cancel, Capacity, KVLease, Start
@@ -19,50 +19,10 @@ INLINE_TOKENS = 512
 """A prompt this short travels with the question: a rejection then costs little more."""
 MIN_BLOCK_TOKENS = 8
 """A block of KV has at least so many tokens (`InstanceSettings.block_size`)."""
-BREAKER_FIRST_S = 0.25
-BREAKER_MAX_S = 30.0
-MAX_DOUBLINGS = 16
-PROBE_S = 2.0
-"""After a failure one request at a time tries an instance or link, for so long at most, until one succeeds."""
-FAILURE_WINDOW_S = 60.0
-MAX_FAILURE_TIMES = 1000
 ANSWER_TIME_ALPHA = 0.1
 HEDGE_FACTOR = 4.0
 HEDGE_MIN_S = 0.05
 HEDGE_MAX_S = 0.5
-
-
-@dataclass(slots=True)
-class CircuitBreaker:
-    """Whether to use an instance, or the path between two: after each failure less often, after a success again."""
-
-    num_failures: int = 0
-    """Failures since the last success."""
-    open_until: float = 0.0
-    probe_until: float = 0.0
-    failed_at: list[float] = field(default_factory=list)
-
-    def allows(self, now: float) -> bool:
-        return self.num_failures == 0 or now >= max(self.open_until, self.probe_until)
-
-    def started(self, now: float) -> None:
-        """Notes that a request goes there. After failures, no other follows until its result is known."""
-        if self.num_failures:
-            self.probe_until = now + PROBE_S
-
-    def failed(self, now: float) -> None:
-        self.num_failures += 1
-        self.probe_until = 0.0
-        num_doublings = min(self.num_failures - 1, MAX_DOUBLINGS)
-        self.open_until = now + min(BREAKER_FIRST_S * 2**num_doublings, BREAKER_MAX_S)
-        self.failed_at = [*self.failed_at[-MAX_FAILURE_TIMES:], now]
-
-    def succeeded(self) -> None:
-        self.num_failures = 0
-
-    def num_recent_failures(self, now: float) -> int:
-        """Returns the number of failures within the last minute."""
-        return sum(at > now - FAILURE_WINDOW_S for at in self.failed_at)
 
 
 class InstanceClient:

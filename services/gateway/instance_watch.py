@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from services.gateway.events import EventRouter
-from services.gateway.instance_client import CircuitBreaker, InstanceClient
+from services.gateway.instance_client import InstanceClient
 from shared.bus import subjects
 from shared.bus.connection import Bus
+from shared.circuit_breaker import CircuitBreaker
 from shared.errors import NoResponders, PeerUnavailable, RequestError
 from shared.messages.serving import MAX_PING_IDS, Ping, Pong
 

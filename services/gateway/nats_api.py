@@ -15,7 +15,6 @@ from opentelemetry.trace import SpanKind, get_current_span
 
 from services.gateway.api import ApiContext, check_model
 from services.gateway.request import Request, TokenOutput
-from services.gateway.telemetry import ChoiceTimer
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.bus.reply_inbox import ReplyInbox
@@ -39,6 +38,7 @@ from shared.messages.generate_api import (
 from shared.registry.open_answers import OpenAnswer, OpenAnswers
 from shared.sampling import FinishReason, SamplingParams
 from shared.telemetry import tracing
+from shared.telemetry.gateway_metrics import ChoiceTimer
 from shared.text.sampling_fields import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
 from shared.text.text_stream import TextDelta, TextStream
 

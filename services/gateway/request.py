@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from shared.errors import DeadlineExceeded, PDServeError, RequestError, SlowClient
+from services.gateway.retries import AttemptFailed, Failures
+from shared.errors import DeadlineExceeded, RequestError, SlowClient
 from shared.messages.serving import Moved, OutputToken, Prefilled
 from shared.sampling import SamplingParams
 
@@ -19,32 +20,6 @@ T = TypeVar("T")
 
 MAX_UNREAD_TOKENS = 16_384
 """A client that leaves more tokens unread loses its request: unread tokens must not fill the gateway's memory."""
-
-
-class AttemptFailed(PDServeError):
-    """An instance failed a request, and another attempt may succeed.
-
-    Args:
-        instance_id: the instance that failed it, if one did.
-        kv_source_id: the instance from which `instance_id` could not fetch KV, if that was the failure.
-        counts: whether the failure counts against `max_attempts`.
-        in_failed_step: whether the request may or may not have caused the failure: the first time is not counted.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        instance_id: str | None = None,
-        kv_source_id: str | None = None,
-        counts: bool = True,
-        in_failed_step: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.instance_id = instance_id
-        self.kv_source_id = kv_source_id
-        self.counts = counts
-        self.in_failed_step = in_failed_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +60,9 @@ class TokenOutput:
         if self._error is not None:
             return  # the reader must not get tokens behind a gap
         if len(self._unread) >= MAX_UNREAD_TOKENS:
-            self.fail(SlowClient(f"The client left {MAX_UNREAD_TOKENS} tokens unread: read the stream faster."))
+            error = SlowClient(f"The client left {MAX_UNREAD_TOKENS} tokens unread: read the stream faster.")
+            self.fail(error)
+            request.push_event(error)
             return
         self._unread.append((request, token))
         self._wake()
@@ -130,8 +107,7 @@ class Request:
         token_ids: the prompt and what has been generated so far.
         participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
         asked: those of them that have not accepted yet: the request does not depend on them.
-        failed_at: instances that failed it since its last token: others are preferred.
-        num_failures: attempts that failed since its last token, as far as they count.
+        failures: attempts that failed since it made progress, and where.
         is_complete: whether its last token has arrived.
         is_finished: whether it has all the tokens it needs, be they all or not.
     """
@@ -152,8 +128,7 @@ class Request:
     token_ids: list[int] = field(init=False)
     participants: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
-    failed_at: set[str] = field(default_factory=set)
-    num_failures: int = 0
+    failures: Failures = field(default_factory=Failures)
     is_complete: bool = False
     is_finished: bool = False
     last_event_at: float = field(default_factory=time.monotonic)
@@ -161,8 +136,6 @@ class Request:
     _waiter: asyncio.Future[None] | None = None
     _decode_is_new: bool = False
     _source_id: str | None = None
-    _num_tokens_at_failure: int = -1
-    _shared_a_failure: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -277,22 +250,3 @@ class Request:
         finally:
             work.cancel()
             await asyncio.wait([work])
-
-    def count_failure(self, failure: AttemptFailed) -> int:
-        """Counts a failed attempt; returns how many have counted since the last token.
-
-        A failure that another request of the same engine may have caused counts from the second time on.
-        """
-        if self._num_tokens_at_failure != len(self.token_ids):
-            self._num_tokens_at_failure = len(self.token_ids)
-            self.num_failures = 0
-            self._shared_a_failure = False
-            self.failed_at.clear()
-        if failure.instance_id is not None:
-            self.failed_at.add(failure.instance_id)
-        if failure.in_failed_step:
-            self.num_failures += failure.counts and self._shared_a_failure
-            self._shared_a_failure = True
-        else:
-            self.num_failures += failure.counts
-        return self.num_failures

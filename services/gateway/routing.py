@@ -17,7 +17,7 @@ by simulation (`bench.schedule`), with estimates that are exact, 20 % off at ran
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 from types import MappingProxyType
@@ -35,16 +35,6 @@ ESTIMATE_ERROR = 1.2
 """By which factor prefill may take longer, or less time, than expected."""
 PREFIX_WEIGHT = 2.0
 """How many more open requests an instance that has the whole prompt cached may have, and is still asked first."""
-EWMA_ALPHA = 0.1
-"""The weight of each new measurement, once there are enough."""
-MIN_SAMPLES = 20
-"""Measurements needed before an average is used."""
-MIN_MEASURED_TOKENS = 32
-"""Shorter prompts say little about the time per token."""
-MAX_LOCAL_PREFILL_TOKENS = 128
-"""The longest prompt that a decode instance computes itself: the next token of all its requests waits for it."""
-MEASURE_EVERY = 20
-"""One in so many prompts that would be quicker at decode goes to prefill, so that the averages stay current."""
 
 _NO_SHARES: Mapping[str, float] = MappingProxyType({})
 
@@ -251,68 +241,3 @@ def longest_by_fingerprint(instances: Iterable[InstanceRecord]) -> dict[str, int
 def priority_of(*, has_started: bool, is_batch: bool) -> int:
     """Returns the priority of a waiting request."""
     return STARTED if has_started else BATCH if is_batch else INTERACTIVE
-
-
-@dataclass(slots=True)
-class Average:
-    """An exponentially weighted average, in seconds."""
-
-    value: float = 0.0
-    num_samples: int = 0
-
-    def observe(self, seconds: float) -> None:
-        self.num_samples += 1
-        self.value += max(EWMA_ALPHA, 1 / self.num_samples) * (seconds - self.value)
-
-
-@dataclass(slots=True)
-class GroupLatencies:
-    """What requests of one group wait for, as this gateway measures it: to know when a decode instance would compute a
-    short prompt sooner (conditional disaggregation).
-    """
-
-    wait_s: Average = field(default_factory=Average)
-    """In the waiting queue for prefill."""
-    prefill_token_s: Average = field(default_factory=Average)
-    """From acceptance to the first token, for each computed token."""
-    handoff_s: Average = field(default_factory=Average)
-    """From the first token to the second, beyond the time between later tokens."""
-    _num_quicker: int = 0
-
-    def observe_prefill(self, seconds: float, num_computed_tokens: int) -> None:
-        if num_computed_tokens >= MIN_MEASURED_TOKENS:
-            self.prefill_token_s.observe(seconds / num_computed_tokens)
-
-    def observe_decode(self, first_gap_s: float, second_gap_s: float) -> None:
-        """Takes the times before the first and the second token of a decode instance."""
-        self.handoff_s.observe(max(0.0, first_gap_s - second_gap_s))
-
-    def is_quicker_at_decode(self, num_tokens: int, num_rows: int) -> bool:
-        """Whether a decode instance with `num_rows` requests should compute a prompt of `num_tokens` new tokens.
-
-        Computing takes as long as at prefill. It saves the wait for a prefill slot and the handoff, but all rows wait
-        for the prompt. One in `MEASURE_EVERY` prompts goes to prefill nevertheless.
-        """
-        num_samples = min(self.handoff_s.num_samples, self.prefill_token_s.num_samples)
-        if num_tokens > MAX_LOCAL_PREFILL_TOKENS or num_samples < MIN_SAMPLES:
-            return False
-        if num_tokens * self.prefill_token_s.value * num_rows >= self.wait_s.value + self.handoff_s.value:
-            return False
-        self._num_quicker += 1
-        return self._num_quicker % MEASURE_EVERY != 0
-
-
-class DecodeGaps:
-    """The times before the first and the second token of a decode instance, counted from the acceptance."""
-
-    def __init__(self, now: float) -> None:
-        self._last_at = now
-        self.seconds: list[float] = []
-
-    def observe_token(self, now: float) -> bool:
-        """Takes a token; True once, at the second."""
-        if len(self.seconds) == 2:
-            return False
-        self.seconds.append(now - self._last_at)
-        self._last_at = now
-        return len(self.seconds) == 2

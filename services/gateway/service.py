@@ -20,7 +20,6 @@ from services.gateway.nats_api import NatsApi, end_orphans
 from services.gateway.openai.app import http_server_config
 from services.gateway.openai.idempotency import idempotent_answers
 from services.gateway.request import Request
-from services.gateway.telemetry import GatewayMetrics
 from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
@@ -35,6 +34,7 @@ from shared.registry.open_answers import OpenAnswers
 from shared.registry.registry import Registry
 from shared.settings import GatewaySettings, hostname
 from shared.telemetry import tracing
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 
 WATCH_GATEWAYS_EVERY_S = 0.5

@@ -23,9 +23,9 @@ from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_client import INLINE_TOKENS, InstanceClient, question
 from services.gateway.instance_watch import Instances
+from services.gateway.local_prefill import is_at_decode_only
 from services.gateway.request import Request
 from services.gateway.routing import Waiting
-from services.gateway.telemetry import GatewayMetrics
 from shared.errors import (
     RETRY_AFTER_S,
     InstanceFailed,
@@ -43,6 +43,7 @@ from shared.messages.records import InstanceRecord, Role
 from shared.messages.serving import AskReply, Capacity, KVLease, Start
 from shared.prefix_affinity import shares
 from shared.settings import GatewaySettings
+from shared.telemetry.gateway_metrics import GatewayMetrics
 
 TICK_S = 0.02
 """How often a queue with waiting requests looks for what has become possible by time alone."""
@@ -136,14 +137,12 @@ class SlotQueue:
         self._settings = settings
         self._metrics = metrics
         self._waiting: dict[Entry, None] = {}
-        self._decode_limits: dict[str, int] = {}
         self._tie = random.Random()
         self._soon: asyncio.Handle | None = None
         self._tick: asyncio.TimerHandle | None = None
         self.prefilled_at = time.monotonic()
         """When a prefill last confirmed that estimates are current."""
-        group.on_change.append(self._group_changed)
-        self._group_changed()
+        group.on_change.append(self.notify)
 
     @property
     def num_waiting(self) -> int:
@@ -232,10 +231,6 @@ class SlotQueue:
             speeds = [one for one in heartbeats if one is not None]
             entry.expected_s = routing.shortest_prefill_s(speeds, len(entry.request.token_ids), entry.matched)
 
-    def _group_changed(self) -> None:
-        self._decode_limits = routing.longest_by_fingerprint(self._group.ready("decode"))
-        self.notify()
-
     def _dispatch(self) -> None:
         """Sends the questions that can be sent now."""
         if self._soon is not None:
@@ -285,7 +280,7 @@ class SlotQueue:
         found = [one for one in sample if self._may_ask(entry, one, now)]
         if not found and search_all and len(ready) > SAMPLE:
             found = [one for one in ready if self._may_ask(entry, one, now)]
-        others = [one for one in found if one.id not in entry.request.failed_at] or found
+        others = [one for one in found if one.id not in entry.request.failures.instances] or found
         num_open = {one.id: self._router.num_open(one.id) for one in others}
         return next(iter(routing.candidates(others, num_open, self._tie, entry.matched)), None)
 
@@ -304,13 +299,9 @@ class SlotQueue:
         return self._instances.can_send_to_any(record.id, (one.id for one in self._group.ready("decode")), now)
 
     def _suits(self, entry: Entry, record: InstanceRecord) -> bool:
-        """Returns whether the instance can serve the request, be it full or not."""
-        request, num_tokens = entry.request, entry.request.max_total_tokens
-        if record.id in entry.too_long_for:
-            return False
-        if self._role == "decode":
-            return routing.can_decode(request.fingerprint or record.fingerprint, num_tokens, record)
-        return routing.can_prefill(request.fingerprint, num_tokens, self._decode_limits, record)
+        request = entry.request
+        is_large_enough = record.id not in entry.too_long_for
+        return is_large_enough and self._group.suits(self._role, request.fingerprint, request.max_total_tokens, record)
 
     def _is_alone(self, entry: Entry, now: float) -> bool:
         """Returns whether no ready instance can serve the request; ends its wait when that has lasted too long."""
@@ -318,8 +309,8 @@ class SlotQueue:
         if any(self._suits(entry, one) for one in ready):
             entry.alone_since = None
             return False
-        is_at_decode_only = self._role == "prefill" and request.fingerprint in self._decode_limits and bool(ready)
-        if is_at_decode_only or self._groups.is_served_elsewhere(request.scenario, request.fingerprint, self._group):
+        is_lost_to_decode = self._role == "prefill" and is_at_decode_only(request, self._group)
+        if is_lost_to_decode or self._groups.is_served_elsewhere(request.scenario, request.fingerprint, self._group):
             entry.fail(NoCandidate(f"no {self._role} instance is left that can serve this request"))
             return True
         # A stream that has started waits as long as it may for an instance with its weights, unless they were replaced.

@@ -12,8 +12,6 @@ from services.gateway.events import EventRouter
 from services.gateway.groups import Group
 from services.gateway.instance_watch import Instances
 from services.gateway.request import Request, TokenOutput
-from shared.scenario_labels import ScenarioLabels
-from services.gateway.telemetry import GatewayMetrics
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import ErrorBody, RequestError
@@ -36,7 +34,9 @@ from shared.messages.serving import (
 )
 from shared.registry.heartbeats import Heartbeat
 from shared.sampling import SamplingParams
+from shared.scenario_labels import ScenarioLabels
 from shared.settings import GatewaySettings
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from tests.harness import eventually
 from tests.registry.test_view import record
 

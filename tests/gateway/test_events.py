@@ -6,7 +6,8 @@ import logging
 import pytest
 from pydantic import BaseModel
 
-from services.gateway.request import AttemptFailed, Finished, Request
+from services.gateway.request import Finished, Request
+from services.gateway.retries import AttemptFailed
 from shared.bus import subjects
 from shared.errors import DeadlineExceeded
 from shared.messages.serving import Failed, KVLease, Moved, OutputToken, Ping, Pong, Prefilled, StepTokens

@@ -8,19 +8,21 @@ import pytest
 
 from services.gateway import instance_client
 from services.gateway.instance_client import (
-    BREAKER_FIRST_S,
-    BREAKER_MAX_S,
     CAPACITY_FRESH_S,
-    FAILURE_WINDOW_S,
     HEDGE_MAX_S,
     HEDGE_MIN_S,
-    MAX_FAILURE_TIMES,
-    PROBE_S,
-    CircuitBreaker,
     InstanceClient,
     question,
 )
 from services.gateway.request import Request
+from shared.circuit_breaker import (
+    BREAKER_FIRST_S,
+    BREAKER_MAX_S,
+    FAILURE_WINDOW_S,
+    MAX_FAILURE_TIMES,
+    PROBE_S,
+    CircuitBreaker,
+)
 from shared.errors import NoResponders, PeerUnavailable
 from shared.messages.serving import MAX_SECONDS, AskReply, Capacity
 from tests.gateway.scripted import ACCEPTED, AMPLE, NO_SLOT, Fleet, Scripted, Work, fleet

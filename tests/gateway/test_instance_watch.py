@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from services.gateway import instance_client, instance_watch
+from services.gateway import instance_watch
+from shared import circuit_breaker
 from shared.bus.connection import Incoming
 from shared.errors import InstanceFailed
 from tests.gateway.scripted import FULL, Fleet, Scripted, Work, expected, fleet
@@ -24,8 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has failed is avoided for longer than a test lasts."""
-    monkeypatch.setattr(instance_client, "BREAKER_FIRST_S", 1e6)
-    monkeypatch.setattr(instance_client, "BREAKER_MAX_S", 1e6)
+    monkeypatch.setattr(circuit_breaker, "BREAKER_FIRST_S", 1e6)
+    monkeypatch.setattr(circuit_breaker, "BREAKER_MAX_S", 1e6)
 
 
 class Holds(Scripted):
@@ -223,7 +224,7 @@ async def test_an_instance_that_fails_fast_is_avoided(nats_url: str, avoided: No
 async def test_another_instance_is_chosen_than_the_one_that_just_failed(
     nats_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instance_client, "BREAKER_FIRST_S", 0.0)  # to see what the request itself remembers
+    monkeypatch.setattr(circuit_breaker, "BREAKER_FIRST_S", 0.0)  # to see what the request itself remembers
     async with fleet(nats_url) as one:
         bad = await one.add("p1", "prefill", kind=FailsPrefill)
         await one.add("p2", "prefill")
@@ -316,7 +317,7 @@ async def test_after_a_failed_link_one_request_at_a_time_tries_it(nats_url: str)
     async with fleet(nats_url) as one:
         watch = one.watch
         watch.failed("d", "p")
-        later = time.monotonic() + 2 * instance_client.BREAKER_FIRST_S
+        later = time.monotonic() + 2 * circuit_breaker.BREAKER_FIRST_S
         assert watch.link_allows("p", "d", later)
         watch.transfer_started("p", "d")
         assert not watch.link_allows("p", "d", later)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.gateway import dispatcher
-from services.gateway.routing import MAX_LOCAL_PREFILL_TOKENS, MEASURE_EVERY, MIN_SAMPLES
+from services.gateway.local_prefill import MAX_LOCAL_PREFILL_TOKENS, MEASURE_EVERY, MIN_SAMPLES
 from shared.bus.connection import Incoming
 from shared.messages.serving import StepTokens
 from tests.gateway.scripted import ACCEPTED, FULL, Fleet, Scripted, Work, expected, fleet, token_of

@@ -13,13 +13,13 @@ from pdserve.servers import Servers
 from services.gateway import nats_api
 from services.gateway.api import ApiContext
 from services.gateway.nats_api import NatsApi, end_orphans
-from services.gateway.telemetry import GatewayMetrics
 from shared.bus import connection, reply_inbox, subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import InternalError, Overloaded
 from shared.registry import registry
 from shared.registry.open_answers import OpenAnswer, OpenAnswers
 from shared.registry.registry import Registry
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import DEMO, MODEL, ids_of
 from tests.gateway.openai.fake_core import Call, FakeCore, Step

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.gateway import request as request_module
-from services.gateway.request import AttemptFailed, DecodeStarted, Finished, Request, TokenOutput
+from services.gateway.request import DecodeStarted, Finished, Request, TokenOutput
+from services.gateway.retries import RETRY_PAUSE_MAX_S, RETRY_PAUSE_S, AttemptFailed, Failures
 from shared.errors import DeadlineExceeded, InternalError, SlowClient
 from shared.messages.serving import OutputToken, Prefilled
 from shared.sampling import FinishReason, SamplingParams
@@ -184,28 +185,37 @@ async def test_a_new_attempt_drops_the_events_of_the_last_one() -> None:
     assert await request.next_event(1.0) == Finished("d")
 
 
-def test_failures_count_until_there_is_a_token() -> None:
-    request = made()
+def test_failures_count_until_there_is_progress() -> None:
+    failures = Failures()
     failure = AttemptFailed("mine", instance_id="d1")
-    assert [request.count_failure(failure) for _ in range(2)] == [1, 2]
-    assert request.failed_at == {"d1"}
-    request.push_token("d2", token(0))
-    assert request.count_failure(AttemptFailed("mine", instance_id="d2")) == 1
-    assert request.failed_at == {"d2"}
+    assert [failures.count(failure, 5) for _ in range(2)] == [1, 2]
+    assert failures.instances == {"d1"}
+    assert failures.count(failure, 6) == 3  # each attempt's prefill generates a token
+    assert failures.count(AttemptFailed("mine", instance_id="d2"), 8) == 1
+    assert failures.instances == {"d2"}
 
 
 def test_a_failure_that_others_may_have_caused_counts_from_the_second_time_on() -> None:
-    request = made()
+    failures = Failures()
     shared = AttemptFailed("crash", instance_id="d", in_failed_step=True)
-    assert [request.count_failure(shared) for _ in range(3)] == [0, 1, 2]
-    request.push_token("d", token(0))
-    assert [request.count_failure(shared) for _ in range(2)] == [0, 1]
+    assert [failures.count(shared, 5) for _ in range(3)] == [0, 1, 2]
+    assert [failures.count(shared, 9) for _ in range(2)] == [0, 1]
 
 
 def test_a_failure_that_does_not_count_is_remembered_by_its_instance_only() -> None:
-    request = made()
-    assert request.count_failure(AttemptFailed("preempted", instance_id="d", counts=False)) == 0
-    assert request.failed_at == {"d"}
+    failures = Failures()
+    assert failures.count(AttemptFailed("preempted", instance_id="d", counts=False), 5) == 0
+    assert failures.instances == {"d"}
+
+
+def test_the_first_retry_follows_at_once_and_further_ones_after_longer_and_longer_pauses() -> None:
+    failures = Failures()
+    pauses = []
+    for _ in range(40):
+        failures.count(AttemptFailed("mine", instance_id="d"), 5)
+        pauses.append(failures.pause_s)
+    assert pauses[:4] == [0.0, RETRY_PAUSE_S, 2 * RETRY_PAUSE_S, 4 * RETRY_PAUSE_S]
+    assert pauses[-1] == RETRY_PAUSE_MAX_S
 
 
 async def test_a_reader_gets_everything_that_arrived() -> None:

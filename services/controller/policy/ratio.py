@@ -30,8 +30,8 @@ RISE = 0.1
 SPARE = 0.1
 """The share of an objective that another split has to leave unused by prediction."""
 RESOLUTION = 1e-6
-"""The least seconds, and the least output tokens, that count as measured. Smaller figures, and negative ones, are 0: they
-are rounding errors, and would make a quotient infinite."""
+"""The least seconds, and the least output tokens, that count as measured. Smaller figures, and negative ones, are 0:
+they are rounding errors, and would make a quotient infinite."""
 
 
 @dataclass(frozen=True, slots=True)

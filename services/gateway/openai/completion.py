@@ -8,10 +8,10 @@ from services.gateway.api import ApiContext
 from services.gateway.openai.middleware import RequestContext
 from services.gateway.openai.schemas import MAX_CHOICES, GenerationFields
 from services.gateway.request import Request, TokenOutput
-from services.gateway.telemetry import ChoiceTimer
 from shared.errors import InvalidRequest
 from shared.messages.serving import OutputToken
 from shared.sampling import FinishReason
+from shared.telemetry.gateway_metrics import ChoiceTimer
 from shared.text.sampling_fields import check_prompt, choice_seed, sampling_params
 from shared.text.text_stream import TextDelta, TextStream
 

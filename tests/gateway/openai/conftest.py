@@ -12,8 +12,8 @@ from openai import AsyncOpenAI
 from services.gateway.api import ApiContext
 from services.gateway.openai.app import http_server_config
 from services.gateway.openai.idempotency import IdempotencyIndex, idempotent_answers
-from services.gateway.telemetry import GatewayMetrics
 from shared.settings import GatewaySettings
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.fake_core import FakeCore
 from tests.harness import eventually

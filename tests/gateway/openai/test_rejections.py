@@ -11,7 +11,7 @@ from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from services.gateway.api import ApiContext
 from services.gateway.openai import handler
 from services.gateway.openai.schemas import parse_request
-from services.gateway.telemetry import GatewayMetrics
+from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from services.gateway.telemetry import (
+from shared.telemetry.gateway_metrics import (
     MAX_REASON_LABELS,
     MAX_SCENARIO_LABELS,
     ChoiceTimer,
