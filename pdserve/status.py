@@ -73,6 +73,11 @@ def show(status: Status) -> None:
     for gateway in status.gateways:
         waits = f"{gateway.open_requests} open requests, {gateway.waiting_requests} waiting"
         print(f"gateway {gateway.id}: {gateway.address}, {waits}, pid {gateway.pid} on {gateway.host}")
+        for name, number in gateway.failures.items():
+            print(f"  {number} attempts failed at {name} in the last minute: it is avoided until one succeeds")
+        for link, number in gateway.link_failures.items():
+            source, _, target = link.partition(">")
+            print(f"  {number} KV transfers failed from {source} to {target} in the last minute: the path is avoided")
     if status.upgrade is not None:
         print(status.upgrade)
     for one in status.decisions[-NUM_DECISIONS:]:

@@ -97,7 +97,7 @@ class GatewaySettings(ModelSettings):
     instance_wait_s: Seconds = 5.0
     """How long a request waits for an instance where there is none at all."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """How many instances may fail a request before it fails."""
+    """How many attempts at a request may fail without progress in between before it fails."""
     local_prefill: Literal["auto", "off"] = "auto"
     """Whether a decode instance computes a short prompt itself where that is quicker, as measured."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
