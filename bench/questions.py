@@ -46,6 +46,8 @@ REJECTED = AskReply(accepted=False, reason="no_blocks", capacity=Capacity(slots_
 COUNT = "bench.questions"
 GATEWAY_ID = "gateway-bench"
 LONG_S = 3600.0
+TOKEN_IDS = list(range(1000, 1000 + 2**18))
+"""Tokens of all prompts. They are made once, so that the time to free them is not counted with a later question."""
 REJECTED_WAIT_S = 0.01
 """How long a request asks one instance after another while all of them reject it."""
 ROUNDS = 5
@@ -109,7 +111,7 @@ class Gateway:
     def request(self, num_tokens: int) -> Request:
         """Makes a request as the dispatcher hands it to the queue."""
         self._num_requests += 1
-        prompt = [10 + self._num_requests, *range(11, 10 + num_tokens)]
+        prompt = [10 + self._num_requests, *TOKEN_IDS[: num_tokens - 1]]
         request = Request(
             id=f"{self._label}-{self._num_requests}",
             prompt_token_ids=prompt,
