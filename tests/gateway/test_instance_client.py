@@ -164,6 +164,21 @@ async def test_work_travels_with_the_question_where_acceptance_is_almost_certain
         assert client.accepts_surely("decode", client.capacity_at)
 
 
+async def test_a_long_prompt_travels_with_the_question_only_where_there_are_blocks_and_time_for_it(
+    nats_url: str,
+) -> None:
+    async with one_client(nats_url) as (client, _, _):
+        client.freed(Capacity(slots_free=2, tokens_free=512, blocks_free=10_000))
+        assert client.accepts_surely("prefill", client.capacity_at, 32_000)
+        client.freed(Capacity(slots_free=2, tokens_free=512, blocks_free=10_000, starts_in_s=0.1))
+        assert client.accepts_surely("prefill", client.capacity_at, 512)
+        assert not client.accepts_surely("prefill", client.capacity_at, 32_000)
+        assert client.accepts_surely("decode", client.capacity_at, 32_000)
+        client.freed(Capacity(slots_free=2, tokens_free=512, blocks_free=1000))
+        assert not client.accepts_surely("prefill", client.capacity_at, 32_000)
+        assert not client.accepts_surely("decode", client.capacity_at, 32_000)
+
+
 async def test_each_answer_says_what_capacity_is_left(nats_url: str) -> None:
     left = Capacity(slots_free=7, tokens_free=8, starts_in_s=2.0)
     async with one_client(nats_url, AskReply(accepted=True, capacity=left)) as (client, one, _):
