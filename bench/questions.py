@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nats
+import uvloop
 from nats.aio.msg import Msg
 
 from bench.running import machine
@@ -139,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         servers = Servers(Path(folder))
         try:
-            asyncio.run(_measure_all(servers.start_nats(), scales, arguments))
+            uvloop.run(_measure_all(servers.start_nats(), scales, arguments))
         finally:
             servers.stop()
 
@@ -217,9 +218,7 @@ async def _measure(gateway: Gateway, num_tokens: int, arguments: argparse.Namesp
         until = time.monotonic() + (LONG_S if accept else REJECTED_WAIT_S)
         started_at = time.process_time()
         try:
-            accepted = await gateway.queue.acquire(request, until=until)
-            if accepted.start is not None:
-                await gateway.instances.client(accepted.instance.id).start(accepted.start)
+            await gateway.queue.acquire(request, until=until)
         except TimeoutError:
             assert not accept, "all questions are accepted"
         seconds += time.process_time() - started_at

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway import scenario_labels
+from shared import scenario_labels
 from shared.messages.records import LabelTraffic
 from shared.prefix_keys import prefix_keys
 from shared.scenario_labels import Classifier, ScenarioLabels
