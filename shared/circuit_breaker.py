@@ -16,10 +16,11 @@ class CircuitBreaker:
     """Whether to use an instance, or the path between two: after each failure less often, after a success again."""
 
     num_failures: int = 0
-    """Failures since the last success."""
+    """Incidents since the last success: failures of what was under way at the same time are one."""
     open_until: float = 0.0
     probe_until: float = 0.0
     failed_at: list[float] = field(default_factory=list)
+    _incident_at: float = 0.0
 
     def allows(self, now: float) -> bool:
         return self.num_failures == 0 or now >= max(self.open_until, self.probe_until)
@@ -29,12 +30,16 @@ class CircuitBreaker:
         if self.num_failures:
             self.probe_until = now + PROBE_S
 
-    def failed(self, now: float) -> None:
+    def failed(self, now: float, started_at: float) -> None:
+        """Notes the failure of something that started at `started_at`."""
+        self.failed_at = [*self.failed_at[-MAX_FAILURE_TIMES:], now]
+        if self.num_failures and started_at <= self._incident_at:
+            return
+        self._incident_at = now
         self.num_failures += 1
         self.probe_until = 0.0
         num_doublings = min(self.num_failures - 1, MAX_DOUBLINGS)
         self.open_until = now + min(BREAKER_FIRST_S * 2**num_doublings, BREAKER_MAX_S)
-        self.failed_at = [*self.failed_at[-MAX_FAILURE_TIMES:], now]
 
     def succeeded(self) -> None:
         self.num_failures = 0

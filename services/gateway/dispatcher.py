@@ -171,6 +171,8 @@ class Dispatcher:
                 await self._attempt(request, group)
                 return
             except AttemptFailed as failure:
+                if request.is_complete:
+                    return  # the last token arrived while the failure was on its way
                 failed = failure
             finally:
                 await self._router.close(request)
@@ -187,7 +189,7 @@ class Dispatcher:
         log.warning("attempt %d at request %s failed: %s", request.attempt, request.id, failure)
         self._metrics.count_failed_attempt("counted" if failure.counts else "not_counted")
         if failure.instance_id is not None and failure.counts and not failure.in_failed_step:
-            self._instances.failed(failure.instance_id, failure.kv_source_id)
+            self._instances.failed(failure.instance_id, failure.kv_source_id, request.attempt_started_at)
             self._metrics.count_pause()
         num_failures = request.failures.count(failure, len(request.token_ids))
         if num_failures >= self._settings.max_attempts:
@@ -263,6 +265,7 @@ class Dispatcher:
                 raise DeadlineExceeded("no decode instance had a free slot before the request's deadline") from error
             message = "no decode instance had a free slot before the lease on the KV expired"
             raise AttemptFailed(message, counts=False) from error
+        request.handed_off_by = lease.instance_id
         self._instances.transfer_started(lease.instance_id, decode.id)
         return await self._receive_tokens(request, group, decode, lease)
 

@@ -41,8 +41,7 @@ class EventRouter:
     async def close(self, request: Request) -> None:
         """Ends the current attempt: tells every participant to cancel it, and drops what they still send."""
         self._requests.pop(request.attempt_id, None)
-        for instance_id in list(request.participants):
-            await self.leave_and_cancel(request, instance_id)
+        await self.leave_and_cancel(request, *request.participants)
 
     def join(self, request: Request, instance_id: str) -> None:
         """Makes an instance that is asked a participant: it may use resources for the request from now on."""
@@ -65,10 +64,12 @@ class EventRouter:
                 del self._by_instance[instance_id]
                 self._heard_at.pop(instance_id, None)
 
-    async def leave_and_cancel(self, request: Request, instance_id: str) -> None:
-        """Ends an instance's participation and tells it to release the request."""
-        self.leave(request, instance_id)
-        await self.cancel(instance_id, [request.attempt_id])
+    async def leave_and_cancel(self, request: Request, *instance_ids: str) -> None:
+        """Ends the participation of instances and tells them to release the request."""
+        for instance_id in instance_ids:
+            self.leave(request, instance_id)
+        for instance_id in instance_ids:
+            await self.cancel(instance_id, [request.attempt_id])
 
     async def cancel(self, instance_id: str, attempt_ids: list[str]) -> None:
         """Tells an instance to release attempts."""
@@ -116,6 +117,8 @@ class EventRouter:
             request = self._requests.get(attempt_id)
             if request is not None and instance_id in request.participants:
                 self.leave(request, instance_id)
+                if instance_id == request.handed_off_by:
+                    continue  # its KV was fetched
                 message = f"{instance_id} does not know this request any more"
                 request.push_event(AttemptFailed(message, instance_id=instance_id, counts=False))
 

@@ -100,8 +100,11 @@ class InstanceClient:
             if self.is_lost and asking.cancelled():
                 raise NoResponders(f"{self.instance_id} is gone") from None
             raise
+        except NoResponders:
+            raise
         except PeerUnavailable:
-            self.breaker.failed(time.monotonic())
+            if self._bus.connected:  # else the silence says nothing about the instance
+                self.breaker.failed(time.monotonic(), started_at)
             raise
         finally:
             asking.cancel()

@@ -6,6 +6,7 @@ it does not answer pings, or requests fail there. The registry's heartbeats (`gr
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable
 
@@ -46,8 +47,8 @@ class Instances:
         self._on_lost = on_lost
         self._on_found = on_found
         self._clients: dict[str, InstanceClient] = {}
-        self._links: dict[tuple[str, str], CircuitBreaker] = {}
-        """By source and target of KV; only links that have failed."""
+        self._links: dict[str, dict[str, CircuitBreaker]] = {}
+        """By source and target of KV; only links that have failed within the last minute."""
         self._pings: dict[str, asyncio.Task[None]] = {}
         self._reconciled_at: dict[str, float] = {}
         self._pinged_lost_at = 0.0
@@ -63,49 +64,57 @@ class Instances:
 
     def link_allows(self, source_id: str, target_id: str, now: float) -> bool:
         """Returns whether KV may be sent from one instance to the other, as far as past failures go."""
-        link = self._links.get((source_id, target_id))
+        link = self._links.get(source_id, {}).get(target_id)
         return link is None or link.allows(now)
 
     def can_send_to_any(self, source_id: str, target_ids: Iterable[str], now: float) -> bool:
         """Returns whether KV may be sent from an instance to at least one of the others."""
-        if not any(source == source_id for source, _ in self._links):
-            return True
-        return any(self.link_allows(source_id, one, now) for one in target_ids)
+        return source_id not in self._links or any(self.link_allows(source_id, one, now) for one in target_ids)
 
     def transfer_started(self, source_id: str, target_id: str) -> None:
-        link = self._links.get((source_id, target_id))
+        link = self._links.get(source_id, {}).get(target_id)
         if link is not None:
             link.started(time.monotonic())
 
     def transferred(self, source_id: str, target_id: str) -> None:
         """Notes that KV has arrived."""
-        link = self._links.get((source_id, target_id))
+        link = self._links.get(source_id, {}).get(target_id)
         if link is not None:
             link.succeeded()
         self.client(target_id).breaker.succeeded()
 
-    def failed(self, instance_id: str, kv_source_id: str | None) -> None:
-        """Notes a failed attempt: of a link if KV could not be fetched, else of the instance."""
-        now = time.monotonic()
-        if kv_source_id is None:
-            self.client(instance_id).breaker.failed(now)
-        else:
-            self._links.setdefault((kv_source_id, instance_id), CircuitBreaker()).failed(now)
+    def failed(self, instance_id: str, kv_source_id: str | None, started_at: float) -> None:
+        """Notes a failed attempt that began at `started_at`: of a link if KV could not be fetched, else of an instance."""
+        breaker = self.client(instance_id).breaker
+        if kv_source_id is not None:
+            breaker = self._links.setdefault(kv_source_id, {}).setdefault(instance_id, CircuitBreaker())
+        breaker.failed(time.monotonic(), started_at)
 
     def failures(self) -> tuple[dict[str, int], dict[str, int]]:
         """Returns the failures of the last minute, by instance and by link, for the controller."""
         now = time.monotonic()
         instances = {name: one.breaker.num_recent_failures(now) for name, one in self._clients.items()}
-        links = {f"{source}>{target}": one.num_recent_failures(now) for (source, target), one in self._links.items()}
+        links = {
+            f"{source}>{target}": link.num_recent_failures(now)
+            for source, targets in self._links.items()
+            for target, link in targets.items()
+        }
         return {name: n for name, n in instances.items() if n}, {name: n for name, n in links.items() if n}
 
     def keep(self, instance_ids: set[str]) -> None:
-        """Drops what is known of all other instances, unless they serve open requests."""
+        """Drops what is known of all other instances, unless they serve open requests, and links that work again."""
+        now = time.monotonic()
         kept = instance_ids | set(self._router.participants())
         self._clients = {name: one for name, one in self._clients.items() if name in kept}
-        self._links = {link: one for link, one in self._links.items() if set(link) <= kept}
         self._unknown = {name: one for name, one in self._unknown.items() if name in kept}
         self._reconciled_at = {name: at for name, at in self._reconciled_at.items() if name in kept}
+        for source, targets in list(self._links.items()):
+            for target, link in list(targets.items()):
+                works_again = link.num_failures == 0 and not link.num_recent_failures(now)
+                if works_again or not {source, target} <= kept:
+                    del targets[target]
+            if not targets:
+                del self._links[source]
 
     def lose(self, instance_id: str, why: str) -> None:
         """Takes an instance for gone: its requests move at once, and nobody waits for its answers."""
@@ -157,13 +166,15 @@ class Instances:
         if reconcile:
             self._reconciled_at[instance_id] = now
             attempt_ids = self._router.silent_attempts(instance_id, RECONCILE_SILENT_S)
+            if len(attempt_ids) > MAX_PING_IDS:
+                attempt_ids = random.sample(attempt_ids, MAX_PING_IDS)
         ping = asyncio.create_task(self._ping(instance_id, attempt_ids))
         self._pings[instance_id] = ping
         ping.add_done_callback(lambda done: self._pings.pop(instance_id, None))
 
     async def _ping(self, instance_id: str, attempt_ids: list[str]) -> None:
         subject = subjects.instance(instance_id, "ping")
-        request = Ping(sender_id=self._router.gateway_id, request_ids=attempt_ids[:MAX_PING_IDS])
+        request = Ping(sender_id=self._router.gateway_id, request_ids=attempt_ids)
         try:
             pong = await self._bus.request(subject, request, Pong, timeout_s=UNRESPONSIVE_AFTER_S)
         except NoResponders:

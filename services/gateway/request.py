@@ -107,6 +107,7 @@ class Request:
         token_ids: the prompt and what has been generated so far.
         participants: instances that may use resources for the current attempt: they are watched, and told to cancel.
         asked: those of them that have not accepted yet: the request does not depend on them.
+        handed_off_by: the instance whose KV a decode instance has accepted to fetch: it may have released the request.
         failures: attempts that failed since it made progress, and where.
         is_complete: whether its last token has arrived.
         is_finished: whether it has all the tokens it needs, be they all or not.
@@ -131,6 +132,8 @@ class Request:
     failures: Failures = field(default_factory=Failures)
     is_complete: bool = False
     is_finished: bool = False
+    attempt_started_at: float = 0.0
+    handed_off_by: str | None = None
     last_event_at: float = field(default_factory=time.monotonic)
     _events: deque[Event | Exception] = field(default_factory=deque)
     _waiter: asyncio.Future[None] | None = None
@@ -160,6 +163,8 @@ class Request:
     def start_attempt(self) -> None:
         """Begins the next attempt: what instances sent for the previous one is dropped."""
         self.attempt += 1
+        self.attempt_started_at = time.monotonic()
+        self.handed_off_by = None
         self._events.clear()
         self._decode_is_new = False
         self.last_event_at = time.monotonic()
@@ -167,6 +172,7 @@ class Request:
     def expect_decode(self, source_id: str | None = None) -> None:
         """Lets `DecodeStarted` announce the next token that does not come from the source of the KV."""
         self._decode_is_new = True
+        self.handed_off_by = None
         self._source_id = source_id
 
     def push_token(self, instance_id: str, token: OutputToken) -> None:
@@ -190,7 +196,8 @@ class Request:
         expected, token = self.num_output_tokens, prefilled.token
         if token.index != expected:
             message = f"expected token {expected} at the end of prefill but received {token.index}"
-            self.push_event(AttemptFailed(message, instance_id=prefilled.instance_id))
+            # Two instances that were asked at the same time may both have accepted: nobody is to blame.
+            self.push_event(AttemptFailed(message, counts=False))
             return
         self._append(token.model_copy(update={"num_cached_tokens": prefilled.num_cached_tokens}))
         self.push_event(prefilled)

@@ -55,8 +55,8 @@ MAX_EXAMINED = 16
 """Waiting requests for which a candidate is looked for at a time."""
 STALE_ESTIMATE_S = 5.0
 """Estimates that no prefill has confirmed for so long shed nothing: an instance may be fast again."""
-INSTANCE_IS_FULL = frozenset({"no_slot", "busy", "draining", "wrong_role", "wrong_epoch"})
-"""Reasons that hold for every request; the others concern the rejected request alone."""
+INSTANCE_IS_FULL = frozenset({"no_slot", "draining", "wrong_role", "wrong_epoch"})
+"""Reasons that hold for every request; the others concern the rejected request alone. `busy` may be either."""
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Entry(Waiting):
         matched: the share of its prompt that instances have cached, by instance id.
         asks: the questions under way, by instance id.
         rejected_at: when an instance was asked that rejected it for a reason that concerns this request alone.
-        too_long_for: instances whose whole pool is too small for it.
+        unsuited: instances whose whole pool is too small for it, or that cannot read it.
         alone_since: since when no ready instance can serve it at all.
     """
 
@@ -107,7 +107,7 @@ class Entry(Waiting):
     result: asyncio.Future[Accepted]
     asks: dict[str, Asking] = field(default_factory=dict)
     rejected_at: dict[str, float] = field(default_factory=dict)
-    too_long_for: set[str] = field(default_factory=set)
+    unsuited: set[str] = field(default_factory=set)
     num_rejections: int = 0
     alone_since: float | None = None
 
@@ -189,8 +189,8 @@ class SlotQueue:
         )
         self._estimate(entry)
         self._waiting[entry] = None
+        self.notify()
         try:
-            self._dispatch()
             accepted = await self._result(entry)
             if accepted.start is not None:
                 await self._instances.client(accepted.instance.id).start(accepted.start)
@@ -200,12 +200,11 @@ class SlotQueue:
         finally:
             del self._waiting[entry]
             entry.result.cancel()
-            for instance_id, asking in list(entry.asks.items()):
+            for asking in entry.asks.values():
                 asking.task.cancel()
-                if instance_id in request.asked:
-                    # It may still accept. The cancel arrives behind the question, so that nothing stays reserved.
-                    await self._router.leave_and_cancel(request, instance_id)
             self.notify()
+            # They may still accept. The cancel arrives behind the question, so that nothing stays reserved.
+            await self._router.leave_and_cancel(request, *(one for one in entry.asks if one in request.asked))
 
     async def _result(self, entry: Entry) -> Accepted:
         while True:
@@ -231,7 +230,7 @@ class SlotQueue:
             speeds = [one for one in heartbeats if one is not None]
             entry.expected_s = routing.shortest_prefill_s(speeds, len(entry.request.token_ids), entry.matched)
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, *, is_tick: bool = False) -> None:
         """Sends the questions that can be sent now."""
         if self._soon is not None:
             self._soon.cancel()
@@ -239,6 +238,11 @@ class SlotQueue:
         if self._waiting and self._tick is None:
             self._tick = asyncio.get_running_loop().call_later(TICK_S, self._ticked)
         now = time.monotonic()
+        ready = self._group.ready(self._role)
+        if not is_tick and 0 < len(ready) <= SAMPLE:
+            clients = (self._instances.client(one.id) for one in ready)
+            if not any(one.may_be_asked(self._role, now) for one in clients):
+                return  # all are full: the order of service is not worth working out
         num_examined = 0
         for entry in self._in_order(now):
             if entry.result.done() or (entry.asks and not self._is_slow(entry, now)):
@@ -258,7 +262,7 @@ class SlotQueue:
     def _ticked(self) -> None:
         self._tick = None
         if self._waiting:
-            self._dispatch()
+            self._dispatch(is_tick=True)
 
     def _in_order(self, now: float) -> Iterable[Entry]:
         if len(self._waiting) == 1 or self._role == "decode":
@@ -300,7 +304,7 @@ class SlotQueue:
 
     def _suits(self, entry: Entry, record: InstanceRecord) -> bool:
         request = entry.request
-        is_large_enough = record.id not in entry.too_long_for
+        is_large_enough = record.id not in entry.unsuited
         return is_large_enough and self._group.suits(self._role, request.fingerprint, request.max_total_tokens, record)
 
     def _is_alone(self, entry: Entry, now: float) -> bool:
@@ -326,9 +330,9 @@ class SlotQueue:
         request, client = entry.request, self._instances.client(record.id)
         num_tokens = len(request.token_ids)
         inline = num_tokens <= INLINE_TOKENS or client.accepts_surely(self._role, time.monotonic(), num_tokens)
-        ask = question(request, record, self._router.gateway_id, entry.lease, _work(request) if inline else None)
         self._router.join(request, record.id)
         try:
+            ask = question(request, record, self._router.gateway_id, entry.lease, _work(request) if inline else None)
             reply = await client.ask(self._role, ask, self._settings.answer_timeout_s)
             if reply.accepted:
                 if not entry.result.done():
@@ -340,15 +344,17 @@ class SlotQueue:
             if record.id in request.asked:  # and not its source of KV, too
                 self._router.leave(request, record.id)
             self._rejected(entry, client, reply)
-        except NoResponders:
-            self._instances.lose(record.id, "is gone: NATS reports no responders")
         except PeerUnavailable as error:
+            if isinstance(error, NoResponders):
+                self._instances.lose(record.id, "is gone: NATS reports no responders")
             log.warning("%s", error)
             self._metrics.count_pause()
             if record.id in request.asked:
                 await self._router.leave_and_cancel(request, record.id)
-        except (MessageTooLarge, RequestError) as error:
+        except MessageTooLarge as error:
             entry.fail(error)
+        except RequestError as error:
+            self._cannot_serve(entry, client, error.message)
         except Exception:
             log.exception("internal error while asking %s for request %s", record.id, request.id)
             entry.fail(InternalError("The gateway failed at this request; its log says why."))
@@ -359,16 +365,23 @@ class SlotQueue:
     def _rejected(self, entry: Entry, client: InstanceClient, reply: AskReply) -> None:
         entry.num_rejections += 1
         sent_at = entry.asks[client.instance_id].sent_at
-        if reply.reason in INSTANCE_IS_FULL:
+        is_busy = reply.reason == "busy" and self._role == "prefill" and reply.capacity.tokens_free == 0
+        if is_busy or reply.reason in INSTANCE_IS_FULL:
             if client.freed_at < sent_at:  # else it has had capacity again since
                 client.full()
         elif reply.reason == "too_long":
-            entry.too_long_for.add(client.instance_id)
+            entry.unsuited.add(client.instance_id)
         elif reply.reason == "invalid":
-            message = f"{client.instance_id} cannot read this request: do gateway and instances run one version?"
-            entry.fail(InstanceFailed(message))
+            self._cannot_serve(entry, client, "it cannot read the question")
         else:
             entry.rejected_at[client.instance_id] = sent_at
+
+    def _cannot_serve(self, entry: Entry, client: InstanceClient, why: str) -> None:
+        """Leaves an instance that answers badly out for this request, and avoids it for others."""
+        log.error("%s: %s; do gateway and instances run the same version?", client.instance_id, why)
+        entry.unsuited.add(client.instance_id)
+        now = time.monotonic()
+        client.breaker.failed(now, now)
 
 
 def _work(request: Request) -> Start:

@@ -178,9 +178,16 @@ class Ping(Message):
 
 
 class Pong(Message):
-    """The answer to a Ping: which of its requests the receiver does not know (any more)."""
+    """The answer to a Ping.
+
+    Attributes:
+        unknown: those of the Ping's requests that the receiver does not know (any more).
+        step_s: for how long an instance's engine has been in its current step; 0 between steps. It grows without bound
+            when only the engine hangs, since the event loop goes on answering. Gateways leave it at 0.
+    """
 
     unknown: list[Identifier] = Field(default_factory=list)
+    step_s: Seconds = 0.0
 
 
 class TopLogprob(BaseModel):
@@ -199,8 +206,8 @@ class OutputToken(Message):
     """One generated token. `index` counts the request's generated tokens from 0, over all attempts."""
 
     request_id: str
-    index: int
-    token_id: int
+    index: Count
+    token_id: TokenId
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int | None = None

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from services.gateway.groups import Group
+from services.gateway.retries import AttemptFailed
 from shared.bus import subjects
 from shared.bus.connection import Incoming
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
@@ -492,4 +493,23 @@ async def test_one_whose_weights_are_left_at_decode_only_waits_there_to_its_dead
         one.watch.lose("d1", "is lost")
         with pytest.raises(DeadlineExceeded, match="no decode instance"):
             await work
+        assert len(prefill.requests) == 1
+
+
+async def test_a_failure_behind_the_last_token_starts_no_further_attempt(nats_url: str) -> None:
+    class FailsAtTheEnd(Scripted):
+        """Sends its failure before the last token, and both in one go."""
+
+        async def serve(self, work: Work) -> None:
+            await self.decode(work, up_to=7)
+            request = one.router._requests[work.request_id]
+            await eventually(lambda: request.num_output_tokens == 7)
+            request.push_event(AttemptFailed("mine", instance_id="d"))
+            request.push_token("d", token_of(work, work.token_ids + expected(work.token_ids, 6)))
+
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        await one.add("d", "decode", kind=FailsAtTheEnd)
+        assert await one.generate(PROMPT) == expected(PROMPT, 8)
+        await eventually(lambda: one.traffic().num_done == 1)
         assert len(prefill.requests) == 1

@@ -35,11 +35,13 @@ def test_a_breaker_waits_longer_after_each_failure_and_not_at_all_after_a_succes
     assert breaker.allows(0.0)
     now = 100.0
     for pause_s in (BREAKER_FIRST_S, 2 * BREAKER_FIRST_S, 4 * BREAKER_FIRST_S):
-        breaker.failed(now)
+        now += 1.0
+        breaker.failed(now, now)
         assert not breaker.allows(now + 0.99 * pause_s)
         assert breaker.allows(now + pause_s)
     for _ in range(20):
-        breaker.failed(now)
+        now += 1.0
+        breaker.failed(now, now)
     assert not breaker.allows(now + 0.99 * BREAKER_MAX_S)
     assert breaker.allows(now + BREAKER_MAX_S)
     breaker.succeeded()
@@ -50,25 +52,25 @@ def test_after_a_failure_one_request_at_a_time_tries() -> None:
     breaker = CircuitBreaker()
     breaker.started(100.0)
     assert breaker.allows(100.0)
-    breaker.failed(100.0)
+    breaker.failed(100.0, 100.0)
     breaker.started(101.0)
     assert not breaker.allows(101.0)
     assert not breaker.allows(101.0 + 0.99 * PROBE_S)
     assert breaker.allows(101.0 + PROBE_S)  # its result never came
     breaker.started(110.0)
-    breaker.failed(110.1)
+    breaker.failed(110.1, 110.1)
     assert breaker.allows(110.1 + 2 * BREAKER_FIRST_S)
 
 
 def test_failures_are_counted_for_a_minute_and_remembered_within_bounds() -> None:
     breaker = CircuitBreaker()
     for at in (100.0, 130.0, 150.0):
-        breaker.failed(at)
+        breaker.failed(at, at)
     breaker.succeeded()
     assert breaker.num_recent_failures(150.0) == 3
     assert breaker.num_recent_failures(100.0 + FAILURE_WINDOW_S) == 2
     for _ in range(3 * MAX_FAILURE_TIMES):
-        breaker.failed(200.0)
+        breaker.failed(200.0, 200.0)
     assert len(breaker.failed_at) <= MAX_FAILURE_TIMES + 1
 
 
@@ -207,7 +209,7 @@ async def test_without_an_answer_it_is_avoided_for_a_while(nats_url: str) -> Non
 
 async def test_a_rejection_is_no_result_of_a_trial(nats_url: str) -> None:
     async with one_client(nats_url, NO_SLOT, ACCEPTED) as (client, one, _):
-        client.breaker.failed(0.0)
+        client.breaker.failed(0.0, 0.0)
         assert not (await ask(client, one)).accepted
         assert client.may_be_asked("prefill", client.capacity_at)
         assert (await ask(client, one)).accepted
@@ -261,3 +263,14 @@ async def test_a_question_has_the_facts_and_no_tokens(nats_url: str) -> None:
         request.deadline = 0.0
         assert question(request, record("p"), "g", None, None).expires_in_s == 0.0
         assert len(asked.model_dump_json()) < 1000
+
+
+def test_failures_of_what_was_under_way_at_the_same_time_are_one_incident() -> None:
+    breaker = CircuitBreaker()
+    for _ in range(20):
+        breaker.failed(100.0, started_at=99.0)
+    assert breaker.allows(100.0 + BREAKER_FIRST_S)
+    assert breaker.num_recent_failures(100.0) == 20
+    breaker.failed(101.0, started_at=100.5)
+    assert not breaker.allows(101.0 + BREAKER_FIRST_S)
+    assert breaker.allows(101.0 + 2 * BREAKER_FIRST_S)

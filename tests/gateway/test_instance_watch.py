@@ -316,7 +316,7 @@ async def test_a_link_is_tried_again_after_a_pause_and_used_once_it_works(nats_u
 async def test_after_a_failed_link_one_request_at_a_time_tries_it(nats_url: str) -> None:
     async with fleet(nats_url) as one:
         watch = one.watch
-        watch.failed("d", "p")
+        watch.failed("d", "p", time.monotonic())
         later = time.monotonic() + 2 * circuit_breaker.BREAKER_FIRST_S
         assert watch.link_allows("p", "d", later)
         watch.transfer_started("p", "d")
@@ -332,8 +332,8 @@ async def test_what_is_known_of_instances_that_are_gone_is_dropped(nats_url: str
     async with fleet(nats_url) as one:
         watch = one.watch
         for name in ("a", "b", "c"):
-            watch.failed(name, None)
-            watch.failed(name, "a")
+            watch.failed(name, None, time.monotonic())
+            watch.failed(name, "a", time.monotonic())
             watch._reconciled_at[name] = 1.0
         request = one.request(PROMPT)
         request.start_attempt()
@@ -356,3 +356,23 @@ async def test_an_instance_that_was_only_out_of_reach_is_told_to_cancel(nats_url
         one.watch.found("d1")
         one.watch.found("d1")
         assert one.lost == []
+
+
+async def test_the_source_of_kv_may_release_the_request_once_decode_has_accepted(nats_url: str) -> None:
+    """The first decode token may take longer than two pings: the request does not move for that."""
+
+    class DecodesLater(Scripted):
+        async def serve(self, work: Work) -> None:
+            self.accepted = work
+
+    async with fleet(nats_url) as one:
+        prefill = await one.add("p", "prefill")
+        decode = await one.add("d", "decode", kind=DecodesLater)
+        work = asyncio.create_task(one.generate(PROMPT))
+        await eventually(lambda: hasattr(decode, "accepted"))
+        accepted: Work = decode.accepted  # type: ignore[attr-defined]
+        one.router.drop("p", [accepted.request_id])
+        assert set(one.router.participants()) == {"d"}
+        await decode.decode(accepted)
+        assert await work == expected(PROMPT, 8)
+        assert len(prefill.requests) == len(decode.requests) == 1

@@ -15,7 +15,7 @@ from services.gateway.slot_queue import SAMPLE, Accepted, NoCandidate, TooLate
 from shared.bus import subjects
 from shared.bus.connection import Bus, Incoming
 from shared.errors import InstanceFailed, InvalidRequest, NoInstance, Overloaded
-from shared.messages.serving import AskReply, Capacity
+from shared.messages.serving import AskReply, Capacity, Message
 from shared.registry.heartbeats import Heartbeat
 from tests.gateway.scripted import ACCEPTED, AMPLE, FULL, NO_SLOT, Fleet, Scripted, Work, expected, fleet, member
 from tests.harness import eventually
@@ -90,6 +90,13 @@ def acquire(
     request = waiting_request(one, number, **changes)
     work = one.queues().prefill.acquire(request, until=now + within_s, first_token_by=first_token_by)
     return asyncio.create_task(work)
+
+
+class NewReply(Message):
+    """An answer of another version."""
+
+    accepted: bool
+    reason: str
 
 
 async def enqueue(one: Fleet, number: int = 0, **changes: Any) -> asyncio.Task[Accepted]:
@@ -443,12 +450,33 @@ async def test_a_request_that_is_too_long_for_one_instance_is_asked_for_elsewher
         assert len(small.requests) == 1
 
 
-async def test_an_instance_that_cannot_read_the_request_ends_it_with_the_reason(nats_url: str) -> None:
+async def test_an_instance_that_cannot_read_requests_is_avoided_and_ends_none(nats_url: str) -> None:
     async with fleet(nats_url) as one:
-        await one.add("p", "prefill", AskReply(accepted=False, reason="invalid"))
+        bad = await one.add("p1", "prefill", *[AskReply(accepted=False, reason="invalid")] * 100)
         await one.add("d", "decode")
-        with pytest.raises(InstanceFailed, match="p cannot read this request"):
-            await one.generate(PROMPT)
+        good = await one.add("p2", "prefill")
+        for number in range(20):
+            assert await one.generate([*PROMPT, number]) == expected([*PROMPT, number], 8)
+        assert len(good.requests) == 20
+        assert len(bad.requests) <= 3
+        assert one.watch.failures()[0].keys() == {"p1"}
+
+
+async def test_an_answer_that_cannot_be_parsed_is_the_instances_failure_and_not_the_clients(nats_url: str) -> None:
+    class Newer(Scripted):
+        """Gives a reason that this version does not know."""
+
+        async def answer(self, incoming: Incoming, work: Work) -> None:
+            self.requests.append(work)
+            await incoming.respond(NewReply(accepted=False, reason="no_time"))
+
+    async with fleet(nats_url) as one:
+        newer = await one.add("p1", "prefill", kind=Newer)
+        await one.add("d", "decode")
+        await one.add("p2", "prefill")
+        for number in range(6):
+            assert await one.generate([*PROMPT, number]) == expected([*PROMPT, number], 8)
+        assert len(newer.requests) <= 2
 
 
 def speed(name: str, token_s: float) -> dict[str, Heartbeat]:
