@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 from shared.errors import ErrorBody
@@ -24,29 +24,73 @@ class ChatMessage(ApiMessage):
 Scenario = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 Priority = Literal["interactive", "batch"]
 """A waiting interactive request is served before every batch request."""
+MAX_MESSAGES = 10_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
+MAX_CHOSEN_TOKENS = 1024
+"""In `stop_token_ids` and in `logit_bias`."""
 
 
-def _stop_strings(value: object) -> object:
+def fault(message: str, field: str = "") -> PydanticCustomError:
+    """What is wrong with a value, or with a field of it: the rest of a sentence that begins with its name."""
+    # The message goes in as a value, as braces in it would be taken for fields of a template.
+    return PydanticCustomError("request", "{message}", {"message": message, "field": field})
+
+
+def is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _stop(value: object) -> list[str] | None:
     """Returns one stop string or a list of them as a list; one error names the field and one reason."""
     if value is None:
         return None
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(one, str) for one in strings):
-        raise PydanticCustomError("request", "must be a string or a list of strings")
-    if len(strings) > MAX_STOP_STRINGS or any(not 0 < len(one) <= MAX_STOP_CHARS for one in strings):
-        message = "may have {count} strings of 1 to {chars} characters"
-        raise PydanticCustomError("request", message, {"count": MAX_STOP_STRINGS, "chars": MAX_STOP_CHARS})
-    return strings
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise fault("must be a string or a list of strings")
+    if len(value) > MAX_STOP_STRINGS:
+        raise fault(f"may have {MAX_STOP_STRINGS} strings at most, and has {len(value)}")
+    if not all(value):
+        raise fault(f"must not contain an empty string: give strings of 1 to {MAX_STOP_CHARS} characters")
+    if max(map(len, value), default=0) > MAX_STOP_CHARS:
+        raise fault(f"may have strings of 1 to {MAX_STOP_CHARS} characters")
+    return value
+
+
+def _stop_token_ids(value: object) -> object:
+    if value is not None and not is_token_ids(value):
+        raise fault("must be a list of token ids")
+    if isinstance(value, list) and len(value) > MAX_CHOSEN_TOKENS:
+        raise fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
+    return value
 
 
 def _logit_bias(value: object) -> object:
-    if isinstance(value, dict):
-        bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
-        if bad is not None:
-            raise PydanticCustomError("request", "has the key {key}, which is not a token id", {"key": repr(bad)[:40]})
+    """JSON's keys are strings; a token id in decimal digits is meant."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise fault("must be an object from token ids to numbers from -100 to 100")
+    if len(value) > MAX_CHOSEN_TOKENS:
+        raise fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
+    bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
+    if bad is not None:
+        raise fault(f"has the key {str(bad)[:40]!r}, which is not a token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _messages(value: object) -> object:
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise fault(f"may have {MAX_MESSAGES} messages at most, and has {len(value)}")
     return value
+
+
+Stop = Annotated[list[str] | None, BeforeValidator(_stop)]
+StopTokenIds = Annotated[list[int] | None, BeforeValidator(_stop_token_ids)]
+LogitBias = Annotated[dict[int, float] | None, BeforeValidator(_logit_bias)]
+AtMostMaxMessages = BeforeValidator(_messages)
+"""Of a list of messages. Like the three types above, it is what both APIs accept."""
 
 
 class GenerateRequest(ApiMessage):
@@ -59,8 +103,8 @@ class GenerateRequest(ApiMessage):
     id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     model: str | None = None
     prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt_token_ids: Annotated[list[int], FailFast()] | None = None
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), AtMostMaxMessages] | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float | None = None
@@ -71,12 +115,10 @@ class GenerateRequest(ApiMessage):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[Annotated[dict[int, float], Field(max_length=1024)] | None, BeforeValidator(_logit_bias)] = (
-        None
-    )
+    logit_bias: LogitBias = None
     logprobs: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stop_strings)] = None
-    stop_token_ids: Annotated[list[int], Field(max_length=128)] | None = None
+    stop: Stop = None
+    stop_token_ids: StopTokenIds = None
     ignore_eos: bool = False
     timeout_s: float | None = None
     scenario: Scenario | None = None

@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import from_json
 
 from shared.errors import InvalidRequest, invalid_request
-from shared.messages.generate_api import Priority, Scenario
+from shared.messages.generate_api import (
+    AtMostMaxMessages,
+    LogitBias,
+    Priority,
+    Scenario,
+    Stop,
+    StopTokenIds,
+    fault,
+    is_token_ids,
+)
 from shared.sampling import MAX_LOGPROBS
 
 MAX_CHOICES = 128
-MAX_MESSAGES = 10_000
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 1024
-MAX_CHOSEN_TOKENS = 1024
 
 FIELDS_BY_HEADER = {"scenario": "x-scenario", "priority": "x-priority"}
 """Fields that a proxy may set without reading the body."""
@@ -110,74 +115,20 @@ def supported_fields(content: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in content.items() if name not in IGNORED and name not in UNSUPPORTED}
 
 
-def _fault(message: str, field: str = "") -> PydanticCustomError:
-    """What is wrong with a value, or with a field of it: the rest of a sentence that begins with its name."""
-    # The message goes in as a value, as braces in it would be taken for fields of a template.
-    return PydanticCustomError("request", "{message}", {"message": message, "field": field})
-
-
 def _prompts(value: object) -> Prompts:
     """A string, a list of strings, token ids, or a list of lists of token ids, as a list of prompts."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
-        raise _fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
+        raise fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
     if not value:
-        raise _fault("is empty: give at least one token")
+        raise fault("is empty: give at least one token")
     if all(type(item) is int for item in value):
         return [value]
-    if not all(isinstance(item, str) for item in value) and not all(_is_token_ids(item) for item in value):
-        raise _fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
+    if not all(isinstance(item, str) for item in value) and not all(is_token_ids(item) for item in value):
+        raise fault("must be a string, a list of strings, a list of token ids, or a list of such lists")
     if not all(value):
-        raise _fault("is empty: give at least one token")
-    return value
-
-
-def _is_token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _stop(value: object) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _fault("must be a string or a list of strings")
-    if len(value) > MAX_STOP_STRINGS:
-        raise _fault(f"may have {MAX_STOP_STRINGS} strings at most, and has {len(value)}")
-    if not all(value):
-        raise _fault("must not contain an empty string: remove it")
-    if max(map(len, value), default=0) > MAX_STOP_CHARS:
-        raise _fault(f"may have strings of {MAX_STOP_CHARS} characters at most")
-    return value
-
-
-def _stop_token_ids(value: object) -> object:
-    if value is not None and not _is_token_ids(value):
-        raise _fault("must be a list of token ids")
-    if isinstance(value, list) and len(value) > MAX_CHOSEN_TOKENS:
-        raise _fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
-    return value
-
-
-def _logit_bias(value: object) -> object:
-    """JSON's keys are strings; a token id in decimal digits is meant."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise _fault("must be an object from token ids to numbers from -100 to 100")
-    if len(value) > MAX_CHOSEN_TOKENS:
-        raise _fault(f"may have {MAX_CHOSEN_TOKENS} tokens at most, and has {len(value)}")
-    bad = next((key for key in value if not (isinstance(key, str) and key.isdecimal() and len(key) < 10)), None)
-    if bad is not None:
-        raise _fault(f"has the key {str(bad)[:40]!r}, which is not a token id")
-    return {int(key): bias for key, bias in value.items()}
-
-
-def _messages(value: object) -> object:
-    if isinstance(value, list) and len(value) > MAX_MESSAGES:
-        raise _fault(f"may have {MAX_MESSAGES} messages at most, and has {len(value)}")
+        raise fault("is empty: give at least one token")
     return value
 
 
@@ -186,7 +137,7 @@ def _content(value: object) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise _fault("must be a string or a list of text parts")
+        raise fault("must be a string or a list of text parts")
     return "\n".join(_part_text(number, part) for number, part in enumerate(value))
 
 
@@ -195,9 +146,9 @@ def _part_text(number: int, part: object) -> str:
     text = part.get("text") if isinstance(part, dict) else None
     if kind != "text":
         shown = f"is of type {str(kind)[:40]!r}" if kind else "has no type"
-        raise _fault(f'part {number} {shown}, but only {{"type": "text", "text": ...}} is supported: remove the part')
+        raise fault(f'part {number} {shown}, but only {{"type": "text", "text": ...}} is supported: remove the part')
     if not isinstance(text, str):
-        raise _fault(f"part {number} must have a string as its `text`")
+        raise fault(f"part {number} must have a string as its `text`")
     return text
 
 
@@ -217,7 +168,7 @@ class Strict(BaseModel):
         if isinstance(value, dict):
             unknown = next((name for name in value if name not in cls.known), None)
             if unknown is not None:
-                raise _fault("is unknown: remove it, or check its spelling", str(unknown)[:40])
+                raise fault("is unknown: remove it, or check its spelling", str(unknown)[:40])
         return value
 
 
@@ -240,7 +191,7 @@ class ChatMessage(Strict):
         kept = {name: item for name, item in value.items() if name in cls.known or item not in EMPTY}
         unsupported = next((name for name in kept if name in UNSUPPORTED_IN_MESSAGES), None)
         if unsupported is not None:
-            raise _fault(UNSUPPORTED_IN_MESSAGES[unsupported], unsupported)
+            raise fault(UNSUPPORTED_IN_MESSAGES[unsupported], unsupported)
         return kept
 
 
@@ -256,8 +207,8 @@ class GenerationFields(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
-    stop_token_ids: Annotated[list[int] | None, BeforeValidator(_stop_token_ids)] = None
+    stop: Stop = None
+    stop_token_ids: StopTokenIds = None
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -269,7 +220,7 @@ class GenerationFields(Strict):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_logit_bias)] = None
+    logit_bias: LogitBias = None
     return_token_ids: bool | None = None
     scenario: Scenario | None = None
     priority: Priority | None = None
@@ -277,7 +228,7 @@ class GenerationFields(Strict):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
-            raise _fault("is only for streams: set `stream` to true, or remove it", "stream_options")
+            raise fault("is only for streams: set `stream` to true, or remove it", "stream_options")
         return self
 
 
@@ -289,12 +240,12 @@ class CompletionRequest(GenerationFields):
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _fault("must equal `n`, as no choices are dropped: remove it", "best_of")
+            raise fault("must equal `n`, as no choices are dropped: remove it", "best_of")
         return self
 
 
 class ChatCompletionRequest(GenerationFields):
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), BeforeValidator(_messages)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), AtMostMaxMessages]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -302,5 +253,5 @@ class ChatCompletionRequest(GenerationFields):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
-            raise _fault("needs `logprobs`: set that to true, or remove it", "top_logprobs")
+            raise fault("needs `logprobs`: set that to true, or remove it", "top_logprobs")
         return self
