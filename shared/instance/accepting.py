@@ -20,7 +20,7 @@ from shared.engine.prefix_cache import Match
 from shared.engine.runner import check
 from shared.engine.sequence import Sequence
 from shared.engine.work import PromptWork
-from shared.errors import InstanceFailed, InvalidRequest, RequestError
+from shared.errors import InstanceFailed, InternalError, InvalidRequest, RequestError
 from shared.instance.admission import BlockNeeds, InstanceFacts, RequestFacts, can_start_next, rejection, tokens_free
 from shared.instance.outbox import Failure
 from shared.instance.parts import Held, InstanceParts, Reserved
@@ -101,6 +101,9 @@ class AcceptingRole(Role):
         except RequestError as error:
             counts = not isinstance(error, InstanceFailed)
             self._after_reserved(reserved, Failure(error, counts=counts))
+        except Exception:  # an edge: this request ends, and its gateway learns of it
+            log.exception("Internal error while starting request %s.", start.request_id)
+            self._after_reserved(reserved, Failure(InternalError("The instance failed to start the request.")))
         return True
 
     def _start_reserved(self, reserved: Reserved, start: Start) -> None:
@@ -132,7 +135,7 @@ class AcceptingRole(Role):
         if self._notify_timer is not None:
             self._notify_timer.cancel()
             self._notify_timer = None
-        if not len(self.rejections) or not parts.accepting():
+        if not parts.accepting():
             return
         gateway_id = self.rejections.next_gateway(self._would_accept, time.monotonic())
         if gateway_id is None:
@@ -253,26 +256,32 @@ class AcceptingRole(Role):
         self._hold(reserved, start)
 
     def _hold(self, reserved: Reserved, start: Start) -> None:
-        """Holds a request with its work, and begins that.
+        """Holds a request with its work, and begins that. Whatever is raised, nothing stays of the request.
 
         Raises:
-            RequestError: it is not for this model; its blocks are released.
+            RequestError: it is not for this model.
         """
-        parts, ask, reservation = self.parts, reserved.ask, reserved.reservation
         try:
-            sequence = Sequence(
-                request_id=ask.request_id,
-                token_ids=start.token_ids,
-                num_prompt_tokens=ask.num_prompt_tokens,
-                blocks=list(reservation.allocation.blocks),
-                sampling=start.sampling,
-                num_to_generate=self._num_to_generate(ask),
-                num_shared_blocks=reservation.allocation.num_matched,
-            )
-            check(sequence, parts.loaded.vocab_size, parts.loaded.max_position_embeddings)
-        except RequestError:
-            self.reservations.release(reservation, [])
+            self._hold_unguarded(reserved, start)
+        except BaseException:
+            held = self._held.pop(reserved.request_id, None)
+            if held is not None:
+                held.span.end()
+            self.reservations.release(reserved.reservation, [])
             raise
+
+    def _hold_unguarded(self, reserved: Reserved, start: Start) -> None:
+        parts, ask, reservation = self.parts, reserved.ask, reserved.reservation
+        sequence = Sequence(
+            request_id=ask.request_id,
+            token_ids=start.token_ids,
+            num_prompt_tokens=ask.num_prompt_tokens,
+            blocks=list(reservation.allocation.blocks),
+            sampling=start.sampling,
+            num_to_generate=self._num_to_generate(ask),
+            num_shared_blocks=reservation.allocation.num_matched,
+        )
+        check(sequence, parts.loaded.vocab_size, parts.loaded.max_position_embeddings)
         self._prefix_index.remember(ask.prefix_keys, reservation.allocation.hashes)
         attributes: dict[str, str | int] = {
             tracing.INSTANCE_ID: parts.instance_id,

@@ -1,7 +1,7 @@
 """The process of an instance, from its settings to its last heartbeat: load, listen, register, serve, drain.
 
 connect to NATS and Redis -> load the model -> serve KV -> subscribe -> first heartbeat -> follow orders and serve
-SIGTERM: "draining", refuse -> what is held ends, moves or is given up -> out of the registry -> exit
+SIGTERM: "draining", reject -> what is held ends, moves or is given up -> out of the registry -> exit
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from shared.instance.role import Role, find_role
 from shared.messages.control import Assign
 from shared.messages.records import Admissions, InstanceRecord
 from shared.messages.records import Role as RoleName
-from shared.messages.serving import AskReply, Message, Ping, Pong, Start
+from shared.messages.serving import MAX_SECONDS, AskReply, Message, Ping, Pong, Start
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.registry import Registry
@@ -244,8 +244,7 @@ class Instance:
         if verb == "assign":
             await incoming.respond(self.assignment.order(incoming.parse(Assign)))
         elif verb == "ping":
-            request_ids = incoming.parse(Ping).request_ids
-            await incoming.respond(Pong(unknown=[one for one in request_ids if not self.assignment.knows(one)]))
+            await incoming.respond(self._pong(incoming.parse(Ping)))
         elif role is not None and verb == role.verb:
             await incoming.respond(await role.take(incoming))
         elif verb in ("prefill", "decode"):
@@ -258,6 +257,10 @@ class Instance:
         else:
             for one in self.assignment.roles:
                 one.handle(verb, incoming)
+
+    def _pong(self, ping: Ping) -> Pong:
+        unknown = [one for one in ping.request_ids if not self.assignment.knows(one)]
+        return Pong(unknown=unknown, step_s=min(MAX_SECONDS, self.body.engine.in_step_s()))
 
     async def _start(self, start: Start) -> None:
         """Starts a request that one of the roles has accepted, or fails it if it was released meanwhile."""

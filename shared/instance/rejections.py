@@ -19,9 +19,10 @@ NO_CAPACITY: frozenset[RejectionReason] = frozenset({"no_slot", "busy", "no_bloc
 
 @dataclass(frozen=True, slots=True)
 class RejectedRequest:
-    """A request that was rejected for lack of capacity.
+    """An attempt at a request that was rejected for lack of capacity.
 
     Args:
+        request_id: of the attempt, as in `Ask`.
         arrived_at: when its gateway received it (monotonic seconds here).
         needs: the blocks that it needs, as far as it was rejected for these.
         num_uncomputed_tokens: how many tokens of its prompt would be computed here.
@@ -35,10 +36,21 @@ class RejectedRequest:
     num_uncomputed_tokens: int
     rejected_at: float
 
+    @property
+    def request(self) -> str:
+        """The request, whichever attempt it is."""
+        return _request_of(self.request_id)
+
+
+def _request_of(attempt_id: str) -> str:
+    """Returns the request of an attempt, whose id is `<request>.<attempt>`."""
+    request, _, attempt = attempt_id.rpartition(".")
+    return request if request and attempt.isdecimal() else attempt_id
+
 
 def _least(request: RejectedRequest, before: RejectedRequest) -> RejectedRequest:
     """Returns a request that would be accepted as soon as one of the two would be."""
-    if request.request_id == before.request_id:
+    if request.request == before.request:
         return request
     return replace(
         request,
@@ -56,6 +68,8 @@ class Rejections:
         """Gateways in the order in which they are told."""
         self._oldest: RejectedRequest | None = None
         self._oldest_expires_at = 0.0
+        self._oldest_is_told = False
+        """Whether its gateway was told, since it has asked last, that it would be accepted."""
 
     def __len__(self) -> int:
         """Returns how many gateways wait to be told."""
@@ -74,8 +88,9 @@ class Rejections:
         if reason != "no_blocks":
             return
         oldest = self.oldest(request.rejected_at)
-        if oldest is None or oldest.request_id == request.request_id or request.arrived_at < oldest.arrived_at:
+        if oldest is None or oldest.request == request.request or request.arrived_at < oldest.arrived_at:
             self._oldest = request
+            self._oldest_is_told = False
             self._oldest_expires_at = request.rejected_at + OLDEST_EXPIRES_S
 
     def oldest(self, now: float) -> RejectedRequest | None:
@@ -87,13 +102,13 @@ class Rejections:
     def older_than(self, request_id: str, arrived_at: float, now: float) -> RejectedRequest | None:
         """Returns the oldest request without blocks if a request must not delay it: if that is another and older."""
         oldest = self.oldest(now)
-        if oldest is None or oldest.request_id == request_id or oldest.arrived_at > arrived_at:
+        if oldest is None or oldest.request == _request_of(request_id) or oldest.arrived_at > arrived_at:
             return None
         return oldest
 
     def remove_request(self, request_id: str) -> None:
-        """Forgets a request that was accepted or cancelled."""
-        if self._oldest is not None and self._oldest.request_id == request_id:
+        """Forgets a request of which an attempt was accepted or cancelled, perhaps a later one than was rejected."""
+        if self._oldest is not None and self._oldest.request == _request_of(request_id):
             self._oldest = None
 
     def remove_gateway(self, gateway_id: str) -> None:
@@ -112,11 +127,13 @@ class Rejections:
     def next_gateway(self, would_accept: Callable[[RejectedRequest], bool], now: float) -> str | None:
         """Returns the gateway to tell now, and removes it; None while no rejected request would be accepted.
 
-        The gateway of the oldest request without blocks comes first, then each in turn.
+        The gateway of the oldest request without blocks comes first, also if it was told of a smaller one before. If
+        that request does not return, it has gone elsewhere, and keeps nobody out any more. Then comes each in turn.
         """
         oldest = self.oldest(now)
-        if oldest is not None and oldest.gateway_id in self._by_gateway and would_accept(oldest):
-            del self._by_gateway[oldest.gateway_id]
+        if oldest is not None and not self._oldest_is_told and would_accept(oldest):
+            self._by_gateway.pop(oldest.gateway_id, None)
+            self._oldest_is_told = True
             self._oldest_expires_at = min(self._oldest_expires_at, now + OLDEST_RETURNS_WITHIN_S)
             return oldest.gateway_id
         found = next((one for one, request in self._by_gateway.items() if would_accept(request)), None)

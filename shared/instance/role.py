@@ -100,8 +100,7 @@ class Role(ABC):
                 self.end(self._held[request_id])
             elif request_id in self._reserved:
                 self.release_reserved(self._reserved[request_id])
-        if len(self.rejections):
-            self.parts.notify_gateways()
+        self.parts.notify_gateways()
 
     def release_gateway(self, gateway_id: str) -> None:
         """Releases everything that is held for a gateway that is dead."""

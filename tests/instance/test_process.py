@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from opentelemetry.context import Context
 from pydantic import BaseModel, ValidationError
 
 from shared.bus import subjects
-from shared.engine.mock import MockModel
+from shared.engine.mock import MockEngine, MockModel
 from shared.engine.scheduler import StepPlan
 from shared.errors import ModelRefused, NoResponders, PeerUnavailable, invalid_request
 from shared.instance import accepting, body, gateway_watch, process, role
@@ -766,6 +767,61 @@ async def test_tokens_that_cannot_be_sent_fail_their_request_and_leave_the_insta
         assert second.is_done
 
 
+@pytest.mark.parametrize("verb", ["prefill", "decode"])
+@pytest.mark.parametrize("with_work", [True, False])
+async def test_a_request_that_cannot_be_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: RoleName, with_work: bool
+) -> None:
+    """Whatever it was: the gateway learns of it, and slot and blocks are free, once the answer is there."""
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", verb)
+        playing = one.instances["a"].assignment.role
+        assert playing is not None
+        request = one.request(1)
+
+        def fail(sequence: object) -> None:
+            raise RuntimeError("as the test wants it")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.instances["a"].body.runner, "add", fail)
+            answer = await request.ask("a", verb, with_work=with_work)
+            if with_work:
+                assert answer == AskReply(accepted=False, reason="invalid")
+            else:
+                assert answer.accepted
+                await request.start("a")
+                failed = await one.event()
+                assert isinstance(failed, Failed)
+                assert (failed.request_id, failed.error.code) == (request.request_id, "internal_error")
+                assert failed.counts
+        assert playing.slots_used == 0
+        cache = one.instances["a"].body.cache
+        assert cache.num_free == cache.num_blocks
+        assert (await request.ask("a", verb)).accepted
+        await one.event()
+
+
+async def test_an_internal_error_before_the_work_begins_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+        playing = one.instances["a"].assignment.role
+        assert playing is not None
+        request = one.request(1)
+        assert (await request.ask("a", "prefill", with_work=False)).accepted
+
+        def fail(start: Start) -> None:
+            raise RuntimeError("as the test wants it")
+
+        monkeypatch.setattr(playing, "_match", fail)
+        await request.start("a")
+        failed = await one.event()
+        assert isinstance(failed, Failed)
+        assert (failed.request_id, failed.error.code) == (request.request_id, "internal_error")
+        assert playing.slots_used == 0
+
+
 async def test_it_says_which_requests_it_does_not_know(tmp_path: Path) -> None:
     async with cluster(tmp_path, "a") as one:
         await one.becomes("a", "prefill")
@@ -777,6 +833,39 @@ async def test_it_says_which_requests_it_does_not_know(tmp_path: Path) -> None:
         await one.becomes("a", "decode")
         assert await one.bus.send("a", "ping", Ping(sender_id=GATEWAY, request_ids=ids[:1])) == Pong()
         await leased.cancel("a")
+
+
+async def test_a_pong_says_for_how_long_the_engine_has_been_in_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop answers while only the engine hangs."""
+    goes_on = threading.Event()
+    compute = MockEngine._compute
+
+    def hang(engine: MockEngine, plan: StepPlan) -> Any:
+        goes_on.wait(TEST_S)
+        return compute(engine, plan)
+
+    monkeypatch.setattr(MockEngine, "_compute", hang)
+    async with cluster(tmp_path, "a") as one:
+        await one.becomes("a", "prefill")
+
+        async def step_s() -> float:
+            pong = await one.bus.send("a", "ping", Ping(sender_id=GATEWAY))
+            assert isinstance(pong, Pong)
+            return pong.step_s
+
+        async def is_longer_than(seconds: float) -> bool:
+            return await step_s() > seconds
+
+        assert await step_s() == 0.0
+        request = one.request(1)
+        assert (await request.ask("a", "prefill")).accepted
+        await eventually(lambda: is_longer_than(0.1))
+        await eventually(lambda: is_longer_than(0.2))
+        goes_on.set()
+        await one.event()
+        assert await step_s() == 0.0
 
 
 @pytest.mark.parametrize("error", [NoResponders("nobody"), PeerUnavailable("no answer"), None])

@@ -74,6 +74,42 @@ def test_a_request_that_could_be_accepted_is_not_waited_for_long() -> None:
     assert rejections.oldest(1.01 + OLDEST_RETURNS_WITHIN_S) is None
 
 
+def test_another_attempt_is_the_same_request() -> None:
+    """An attempt that failed elsewhere is followed by one with another id."""
+    rejections = Rejections()
+    rejections.add(rejected("large.0", arrived_at=1.0, blocks=9), "no_blocks")
+    assert rejections.older_than("large.1", 1.0, 0.0) is None, "it does not wait for itself"
+    assert rejections.older_than("small.0", 2.0, 0.0) is not None
+    rejections.add(rejected("large.1", arrived_at=1.0, blocks=8, at=1.0), "no_blocks")
+    oldest = rejections.oldest(OLDEST_EXPIRES_S + 0.5)
+    assert oldest is not None
+    assert oldest.request_id == "large.1"
+
+
+def test_a_cancel_of_any_attempt_ends_the_memory() -> None:
+    for cancelled in ("large.0", "large.1", "large.12"):
+        rejections = Rejections()
+        rejections.add(rejected("large.1", arrived_at=1.0, blocks=9), "no_blocks")
+        rejections.remove_request("larger.1")
+        assert rejections.older_than("small.0", 2.0, 0.0) is not None
+        rejections.remove_request(cancelled)
+        assert rejections.older_than("small.0", 2.0, 0.0) is None
+
+
+def test_a_gateway_that_was_told_of_a_smaller_request_is_told_of_the_oldest_as_well() -> None:
+    """Otherwise the oldest request, which may have gone elsewhere, would keep others out for longer."""
+    rejections = Rejections()
+    rejections.add(rejected("large.0", arrived_at=1.0, blocks=9), "no_blocks")
+    rejections.add(rejected("small.0", arrived_at=2.0, tokens=5), "busy")
+    assert rejections.next_gateway(lambda request: request.needs.now == 0, 0.0) == "g"
+    assert rejections.next_gateway(lambda request: request.needs.now == 0, 0.0) is None
+    assert rejections.next_gateway(lambda request: True, 1.0) == "g"
+    assert rejections.next_gateway(lambda request: True, 1.0) is None
+    assert rejections.oldest(1.01 + OLDEST_RETURNS_WITHIN_S) is None
+    rejections.add(rejected("large.0", arrived_at=1.0, blocks=9, at=2.0), "no_blocks")
+    assert rejections.next_gateway(lambda request: True, 2.0) == "g", "it has asked again"
+
+
 def test_nothing_stays_for_ever() -> None:
     rejections = Rejections()
     for number in range(MAX_GATEWAYS + 10):
