@@ -3,12 +3,13 @@
 from shared.registry import keys
 from shared.registry.registry import Registry
 
-# The first gateway that claims a key keeps it as long as its own record lives.
+# The first gateway that claims a key keeps it as long as its own record lives. One with this gateway's own address was
+# killed and restarted as this one; its record may live for a while yet.
 _CLAIM = """
 local value = redis.call('GET', KEYS[1])
 if value then
     local id, address = string.match(value, '^(.-)|(.*)$')
-    local is_other = id ~= ARGV[1] and address ~= ARGV[4]
+    local is_other = id ~= ARGV[1] and address ~= ARGV[2] and address ~= ARGV[4]
     if is_other and redis.call('EXISTS', ARGV[5] .. id) == 1 then return address end
 end
 redis.call('SET', KEYS[1], ARGV[1] .. '|' .. ARGV[2], 'PX', ARGV[3])

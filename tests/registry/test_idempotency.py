@@ -64,3 +64,17 @@ async def test_an_unreachable_gateways_key_is_claimed(records: Registry) -> None
     await a.claim("key")
     assert await b.claim("key", instead_of="http://a") is None
     assert await c.claim("key", instead_of="http://a") == "http://b"
+
+
+async def test_a_gateway_that_was_restarted_at_its_address_has_the_keys_of_the_process_before(
+    records: Registry,
+) -> None:
+    """The record of that process still lives, and its address is this gateway's own: it must not wait for itself."""
+    await records.write_gateway(record_of("killed"))
+    killed = index_of(records, "killed")
+    assert await killed.claim("key") is None
+    restarted = RedisIdempotencyIndex(records, "restarted", "http://killed", ttl_s=60.0)
+    await records.write_gateway(record_of("restarted").model_copy(update={"address": "http://killed"}))
+    assert await restarted.claim("key") is None
+    await restarted.release("key")
+    assert await index_of(records, "c").claim("key") is None, "the claim was the restarted gateway's own"

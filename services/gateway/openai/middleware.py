@@ -127,8 +127,11 @@ class RequestContext:
         await self._send(message)
 
     async def fail(self, error: RequestError) -> None:
-        """Ends the response with an error: as a response of its own, or as the last event of a stream."""
-        if self._is_disconnected:
+        """Ends the response with an error: as a response of its own, or as the last event of a stream.
+
+        Does nothing if the response has ended, or the client is gone: the failure is in the log only.
+        """
+        if self._is_disconnected or self.has_ended:
             return
         if self.has_started:
             await self.send({"type": "http.response.body", "body": error_event(error), "more_body": False})

@@ -339,6 +339,25 @@ async def test_gateways_find_each_others_answers_in_redis(api: ApiContext, core:
             assert len(other_core.calls) == 1
 
 
+async def test_a_retry_after_a_restart_on_the_same_port_is_computed_again(
+    api: ApiContext, core: FakeCore, redis_url: str
+) -> None:
+    """The record of the process that was killed is still there, under the address of this one."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=10.0) as records:
+        for gateway_id in ("killed", "restarted"):
+            await records.write_gateway(record_of(gateway_id, address))
+        before, now = (
+            RedisIdempotencyIndex(records, gateway_id, address, ttl_s=600.0) for gateway_id in ("killed", "restarted")
+        )
+        async with serving(api, before, http_port=port), httpx.AsyncClient(trust_env=False) as http:
+            assert (await http.post(address + PATH, json=TEXT, headers=KEY)).status_code == 200
+        async with serving(api, now, http_port=port), httpx.AsyncClient(trust_env=False, timeout=10) as http:
+            assert (await http.post(address + PATH, json=TEXT, headers=KEY)).status_code == 200
+    assert len(core.calls) == 2
+
+
 def record_of(gateway_id: str, address: str) -> GatewayRecord:
     return GatewayRecord(
         id=gateway_id,

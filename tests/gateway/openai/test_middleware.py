@@ -13,8 +13,10 @@ from openai import (
     InternalServerError,
     RateLimitError,
 )
+from starlette.types import Message, Receive, Scope, Send
 
 from services.gateway.api import ApiContext
+from services.gateway.openai.middleware import ApiMiddleware
 from shared.errors import DeadlineExceeded, InstanceFailed, NoInstance, Overloaded
 from tests.gateway.openai.conftest import MODEL, serving
 from tests.gateway.openai.fake_core import FakeCore
@@ -212,3 +214,26 @@ async def test_a_span_continues_the_clients_trace(api: ApiContext, core: FakeCor
     }
     assert not second.status.is_ok
     provider.shutdown()
+
+
+async def test_a_failure_after_the_end_of_a_response_sends_nothing_more(
+    api: ApiContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[Message] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all", "more_body": False})
+        raise RuntimeError("as the test wants it")
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/health/live", "headers": []}
+    await ApiMiddleware(app, api)(scope, receive, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[-1]["body"] == b"all"
+    assert "as the test wants it" in caplog.text
