@@ -55,12 +55,12 @@ CLIENT = Permissions(publish=(subjects.GENERATE, subjects.CANCEL))
 """A client of the request API. It reads nothing but its own inbox."""
 
 SERVICES: dict[str, Permissions] = {
-    # A gateway answers clients, whose inboxes have any name, for as long as a request lasts.
+    # A gateway answers every client, for as long as a request lasts.
     "gateway": Permissions(
         publish=(
             *_verbs_of_instances("prefill", "decode", "start", "cancel", "ping"),
             *_verbs_of_gateways("ping"),
-            "_INBOX.>",
+            f"{subjects.INBOX_PREFIX}>",
         ),
         subscribe=(subjects.GENERATE, subjects.CANCEL, subjects.CHANGED, subjects.gateway(ANY, ">")),
     ),

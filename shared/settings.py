@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     record_ttl_s: Seconds = 5.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     connect_timeout_s: Seconds = 10.0
-    """How long a service tries to reach NATS and Redis at start before it gives up."""
+    """How long a service tries to reach NATS and Redis at start before it ends."""
     drain_timeout_s: Seconds = 10.0
     """How long a service that is asked to end may go on with the requests it has."""
 
@@ -93,7 +93,7 @@ class GatewaySettings(ModelSettings):
     token_timeout_s: Seconds = 120.0
     """An instance that has a request and is silent for so long has failed it."""
     answer_timeout_s: Seconds = 2.0
-    """How long an instance may take to accept or refuse."""
+    """How long an instance may take to accept or reject."""
     instance_wait_s: Seconds = 5.0
     """How long a request waits for an instance where there is none at all."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
@@ -101,7 +101,7 @@ class GatewaySettings(ModelSettings):
     local_prefill: Literal["auto", "off"] = "auto"
     """Whether a decode instance computes a short prompt itself where that is quicker, as measured."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
-    """How many requests may wait in this gateway for a slot; one more is refused with 429."""
+    """How many requests may wait in this gateway for a slot of one role of a group; one more is rejected with 429."""
     watch_groups: str = ""
     """The groups that this gateway serves, separated by commas, with all their replicas; none means all groups."""
 
@@ -129,7 +129,7 @@ class InstanceSettings(ModelSettings):
     """Settings of `services.prefill` and `services.decode`."""
 
     role: Literal["prefill", "decode", "spare"] = "prefill"
-    """What it would like to be; the controller assigns it. A spare takes any role in any group."""
+    """The role that it prefers; the controller assigns one. A spare takes any role in any group."""
     group: GroupName = "default"
     """In which group, unless it is a spare."""
     on_demand: bool = False
@@ -160,11 +160,11 @@ class InstanceSettings(ModelSettings):
     max_model_len: Annotated[int, Field(ge=0)] = 0
     """The longest request in tokens, prompt and answer; 0 takes the model's, or what the pool holds if that is less."""
     prefix_cache: bool = True
-    """Whether requests that begin alike share KV, and KV that nobody holds is kept while there is room."""
+    """Whether requests that begin alike share KV, and KV that no request uses is kept while there is space."""
     prefill_slots: Annotated[int, Field(ge=1)] = 8
     decode_slots: Annotated[int, Field(ge=1)] = 64
     decode_reserve_tokens: Annotated[int, Field(ge=1)] = 256
-    """For how many tokens a decode instance reserves room at a time."""
+    """For how many tokens a decode instance reserves blocks at a time."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """The token budget of one engine step."""
     max_uncomputed_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -176,7 +176,7 @@ class InstanceSettings(ModelSettings):
     """How long a prefill instance keeps KV that nobody fetches."""
     fetch_timeout_s: Seconds = 30.0
     stall_timeout_s: Seconds = 5.0
-    """How long a KV connection may stand still before the fetch is given up."""
+    """How long a KV connection may transfer nothing before the fetch fails."""
 
 
 class ControllerSettings(Settings):
@@ -216,14 +216,14 @@ def load(kind: type[AnySettings], **overrides: object) -> AnySettings:
     Raises:
         SettingsInvalid: an unknown `PDSERVE_*` variable, or a bad value.
     """
-    refuse_unknown(os.environ)
+    reject_unknown(os.environ)
     try:
         return kind(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsInvalid("; ".join(_sentence(dict(item)) for item in error.errors())) from error
 
 
-def refuse_unknown(environment: Mapping[str, str]) -> None:
+def reject_unknown(environment: Mapping[str, str]) -> None:
     """Raises `SettingsInvalid` where the environment has a variable of ours that no service knows."""
     known = {PREFIX + name.upper() for kind in _every_kind(Settings) for name in kind.model_fields}
     for name in environment:

@@ -64,9 +64,14 @@ class Incoming:
 
     @property
     def reply_to(self) -> str:
-        """Where the sender expects an answer; empty if it expects none, or names no inbox but a service's subject."""
+        """Where the sender expects an answer; empty if it expects none, or names a subject that is no inbox."""
         reply = self._msg.reply
         return reply if subjects.is_inbox(reply) else ""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the message without its headers."""
+        return len(self._msg.data)
 
     @property
     def is_no_responders(self) -> bool:
@@ -254,15 +259,19 @@ class Bus:
                     await self._replace_client()
             except (nats.errors.Error, OSError, ValueError, EOFError) as error:
                 log.warning("NATS cannot be reached, trying again: %r", error)
+            except asyncio.CancelledError:
+                if _is_being_cancelled():
+                    raise
+                log.exception("the NATS client waited for a cancelled task; trying again")
+            except Exception:  # an edge: without this task, a connection that is lost later would stay lost
+                log.exception("internal error while reconnecting to NATS; trying again")
 
     async def open(self) -> None:
         """Connects for the first time; waits for the server for ever."""
         await self._connect(self._client)
 
     async def close(self) -> None:
-        with suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._client.close()
+        await _close(self._client)
 
     @property
     def last_error(self) -> Exception | None:
@@ -308,23 +317,25 @@ class Bus:
     async def _replace_client(self) -> None:
         self._is_away = True
         old, new = self._client, self._new_client()
-        await self._connect(new)
-        self._client = new
-        for subscribed in list(self._subscribed):
-            await self._renew_subscription(subscribed)
+        try:
+            await self._connect(new)
+            self._client = new
+            for subscribed in list(self._subscribed):
+                await self._renew_subscription(subscribed)
+        except BaseException:
+            await _close(new)  # `watch` finds a closed client, and replaces it in turn
+            raise
         await self.flush()
         self._on_reconnected()
-        with suppress(nats.errors.Error, OSError, TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await old.close()
+        await _close(old)
 
     async def _renew_subscription(self, subscribed: _Subscribed) -> None:
         """Subscribes at the present client, unless that was done, or it is closed and about to be replaced."""
         client = self._client
         if subscribed.client is client:
             return
+        subscribed.client = client
         with suppress(nats.errors.ConnectionClosedError):
-            subscribed.client = client
             subscribed.current = await client.subscribe(
                 subscribed.subject,
                 queue=subscribed.queue,
@@ -385,6 +396,17 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
 def inbox_prefix(user: str | None) -> str:
     """The prefix of a user's reply inboxes. A user of the accounts may subscribe to no others."""
     return f"_INBOX.{re.sub(r'[^A-Za-z0-9_-]', '_', user)}" if user else "_INBOX"
+
+
+async def _close(client: TolerantClient) -> None:
+    """Closes a client for good, in whatever state it is; waits for `CLOSE_TIMEOUT_S` at most."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await client.close()
+    except (nats.errors.Error, OSError, TimeoutError):
+        pass
+    except Exception:  # an edge: a client that cannot be closed must not keep its owner from going on
+        log.exception("internal error while closing a NATS client")
 
 
 def _is_being_cancelled() -> bool:

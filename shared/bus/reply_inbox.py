@@ -44,13 +44,16 @@ class ReplyInbox:
         on_gone: called once, when the client is considered gone.
 
     Raises:
-        InvalidRequest: the subject is one of the services' own, so no inbox.
+        InvalidRequest: the subject is not an inbox.
         MessageTooLarge: the subject is too long to be published to.
     """
 
     def __init__(self, bus: Bus, subject: str, no_responders_prefix: str, on_gone: Callable[[], None]) -> None:
         if not subjects.is_inbox(subject):
-            raise InvalidRequest("The reply subject is not an inbox: use one that your NATS client makes.")
+            raise InvalidRequest(
+                f"The reply subject is not an inbox, which begins with {subjects.INBOX_PREFIX}: use one that your NATS "
+                "client makes."
+            )
         bus.check_subjects(subject, f"{no_responders_prefix}.{LARGEST_INDEX}")
         self._bus = bus
         self.subject = subject

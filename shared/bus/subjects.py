@@ -5,6 +5,9 @@
 
 PREFIX = "pdserve.v1"
 
+INBOX_PREFIX = "_INBOX."
+"""Of all reply subjects: NATS libraries use it by default, and the gateway's NATS user may publish nowhere else."""
+
 GENERATE = f"{PREFIX}.generate"
 """The public request API; gateways share it as one queue group."""
 
@@ -58,5 +61,5 @@ def verb_and_key(subject: str) -> tuple[str, str]:
 
 
 def is_inbox(subject: str) -> bool:
-    """Whether a client may receive answers there: a subject of its own, not one that carries services' messages."""
-    return bool(subject) and subject.partition(".")[0] != PREFIX.partition(".")[0] and not subject.startswith("$")
+    """Whether a client may receive answers there, as at every subject that a NATS library makes for replies."""
+    return subject.startswith(INBOX_PREFIX)

@@ -4,14 +4,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
+from nats.aio.subscription import Subscription
 from pydantic import BaseModel
 
 from pdserve.servers import Servers
 from shared.bus import connection
 from shared.bus.connection import MAX_CONTROL_LINE_BYTES, Bus, Incoming
-from shared.bus.nats_client import TolerantParser
+from shared.bus.nats_client import TolerantClient, TolerantParser
 from shared.bus.reply_inbox import ReplyInbox
 from shared.errors import InvalidRequest, MessageTooLarge, NoResponders, PeerUnavailable
 from tests.bus.raw_client import RawClient, hpub, pub
@@ -46,6 +48,8 @@ ODD_REPLIES = {
     "wildcards": b"_INBOX.*.>",
     "empty tokens": b"..",
     "a service's subject": b"pdserve.v1.admin.flip",
+    "no inbox": b"answers.for.me",
+    "the prefix alone": b"_INBOX.",
     "4,000 characters": b"_INBOX." + b"a" * 4000,
 }
 
@@ -154,8 +158,9 @@ async def test_an_answer_goes_to_inboxes_only(nats_url: str) -> None:
         await eventually(lambda: "echo.you" in one.heard)
         await one.works()
         assert not forged
-        with pytest.raises(InvalidRequest, match="not an inbox"):
-            ReplyInbox(one.bus, "pdserve.v1.cancel", "reports", lambda: None)
+        for subject in ("pdserve.v1.cancel", "answers.for.me", "$SYS.x", "_INBOXES.x", ""):
+            with pytest.raises(InvalidRequest, match="begins with _INBOX"):
+                ReplyInbox(one.bus, subject, "reports", lambda: None)
 
 
 async def test_subjects_over_the_control_line_are_not_sent(nats_url: str) -> None:
@@ -252,6 +257,68 @@ async def test_a_client_that_closed_while_the_server_is_away_is_replaced_later(s
         await one.bus._client.close()
         servers.start_nats(port)
         await eventually(lambda: one.bus.connected and one.peer.connected)
+        await one.works()
+
+
+class FailingOnce(TolerantClient):
+    """A client one of whose methods raises what nats-py should not, the first time that any client calls it."""
+
+    def __init__(self, method: str, errors: list[BaseException]) -> None:
+        super().__init__()
+        self._method = method
+        self._errors = errors
+
+    def _may_fail(self, method: str) -> None:
+        if method == self._method and self._errors:
+            raise self._errors.pop()
+
+    async def connect(self, *args: Any, **options: Any) -> None:
+        await super().connect(*args, **options)
+        self._may_fail("connect")
+
+    async def subscribe(self, *args: Any, **options: Any) -> Subscription:
+        self._may_fail("subscribe")
+        return await super().subscribe(*args, **options)
+
+    async def flush(self, *args: Any) -> None:
+        self._may_fail("flush")
+        await super().flush(*args)
+
+
+@pytest.mark.parametrize("error", [AssertionError("x"), AttributeError("x"), asyncio.CancelledError()])
+@pytest.mark.parametrize("method", ["connect", "subscribe", "flush"])
+async def test_an_unexpected_error_of_the_library_does_not_end_the_watch(
+    nats_url: str, monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException
+) -> None:
+    """It comes while a closed client is replaced; the next try has all subscriptions again."""
+    errors = [error]
+    async with echo(nats_url) as one:
+        monkeypatch.setattr(one.bus, "_new_client", lambda: FailingOnce(method, errors))
+        await one.bus._client.close()
+        await eventually(lambda: not errors and one.bus.connected)
+        await one.works()
+        await one.bus._client.close()
+        await eventually(lambda: one.bus.connected)
+        await one.works()
+
+
+async def test_an_unexpected_error_while_reconnecting_does_not_end_the_watch(
+    nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with echo(nats_url) as one:
+        reconnect = one.bus._client.reconnect
+        errors = [AttributeError("x")]
+
+        async def fail_once() -> None:
+            if errors:
+                raise errors.pop()
+            await reconnect()
+
+        monkeypatch.setattr(one.bus._client, "reconnect", fail_once)
+        reading = one.bus._client._reading_task
+        assert reading is not None
+        reading.cancel()
+        await eventually(lambda: len(one.reconnects) == 1)
         await one.works()
 
 
