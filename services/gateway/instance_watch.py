@@ -24,6 +24,8 @@ SILENT_BEFORE_PING_S = 0.1
 UNRESPONSIVE_AFTER_S = 1.0
 """An instance that leaves a ping unanswered for so long loses its requests: it is stopped, or hangs."""
 PING_LOST_EVERY_S = 0.2
+SLOW_STEP_S = 10.0
+"""An engine that computes one step for so long may hang: operators are told once."""
 RECONCILE_EVERY_S = 1.0
 RECONCILE_SILENT_S = 1.0
 """Requests without an event for so long are checked: does the instance still know them?"""
@@ -54,6 +56,7 @@ class Instances:
         self._pinged_lost_at = 0.0
         self._unknown: dict[str, set[str]] = {}
         """Attempts that an instance did not know at the last ping that listed any."""
+        self._slow: set[str] = set()
         self._cancelling: set[asyncio.Task[None]] = set()
 
     def client(self, instance_id: str) -> InstanceClient:
@@ -106,6 +109,7 @@ class Instances:
         now = time.monotonic()
         kept = instance_ids | set(self._router.participants())
         self._clients = {name: one for name, one in self._clients.items() if name in kept}
+        self._slow &= kept
         self._unknown = {name: one for name, one in self._unknown.items() if name in kept}
         self._reconciled_at = {name: at for name, at in self._reconciled_at.items() if name in kept}
         for source, targets in list(self._links.items()):
@@ -190,6 +194,13 @@ class Instances:
             return
         self._router.heard(instance_id)
         self.found(instance_id)
+        if pong.step_s < SLOW_STEP_S:
+            self._slow.discard(instance_id)
+        elif instance_id not in self._slow:
+            self._slow.add(instance_id)
+            log.warning(
+                "the engine of %s has been in one step for %.0f s: restart it if it hangs", instance_id, pong.step_s
+            )
         # The first time, the last message of a request that has just ended may still be on its way.
         unknown = set(pong.unknown)
         if attempt_ids:
