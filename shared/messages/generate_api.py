@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from shared.errors import ErrorBody
@@ -103,8 +103,8 @@ class GenerateRequest(ApiMessage):
     id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_-]+$")] | None = None
     model: str | None = None
     prompt: str | None = None
-    prompt_token_ids: Annotated[list[int], FailFast()] | None = None
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1), AtMostMaxMessages] | None = None
+    prompt_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), AtMostMaxMessages] | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
     temperature: float | None = None
