@@ -5,25 +5,25 @@
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, get_current_span
 
 from services.gateway.api import ApiContext, check_model
 from services.gateway.request import Request, TokenOutput
 from shared.bus import subjects
+from shared.bus.client_answers import Answer, ClientAnswers, new_key
 from shared.bus.connection import Bus, Incoming
 from shared.bus.reply_inbox import ReplyInbox
 from shared.errors import (
+    RETRY_AFTER_S,
     Cancelled,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
     MessageTooLarge,
+    Overloaded,
     RequestError,
     gateway_is_ending,
 )
@@ -36,41 +36,24 @@ from shared.messages.generate_api import (
     GenerateUsage,
 )
 from shared.registry.open_answers import OpenAnswer, OpenAnswers
-from shared.sampling import FinishReason, SamplingParams
+from shared.sampling import FinishReason
 from shared.telemetry import tracing
 from shared.telemetry.gateway_metrics import ChoiceTimer
-from shared.text.sampling_fields import DEFAULT_MAX_TOKENS, check_prompt, sampling_params
+from shared.text.generate_request import read_request
 from shared.text.text_stream import TextDelta, TextStream
+from shared.throttled_log import ThrottledWarnings
 
 ENDPOINT = "nats"
 GRACE_S = 1.0
 """The core keeps the deadline and knows better what it waited for; this bounds what the core does not see."""
-LINGER_S = 15.0
-"""How long a finished answer is kept, as its last message may have to be sent again after a reconnect."""
+LARGE_REQUEST_BYTES = 256 * 2**10
+"""Larger requests are parsed in a thread, so that other streams go on."""
 MAX_OPEN_ANSWERS = 16_384
+"""Further requests are rejected with `overloaded`."""
 MAX_TOKENS_PER_CHUNK = 256
 """Of tokens that have waited, so that a chunk with log probabilities fits into a message."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Answer:
-    """An answer to a client.
-
-    Attributes:
-        key: ours: unique everywhere, and nobody can guess it.
-        id: the client's name for it, or the key.
-        has_started: whether its task runs: only then can cancelling the task end it with an error.
-    """
-
-    key: str
-    id: str
-    inbox: ReplyInbox
-    task: asyncio.Task[None] | None = None
-    has_started: bool = False
-    ended_by: RequestError | None = None
-    is_finished: bool = False
 
 
 class NatsApi:
@@ -81,78 +64,98 @@ class NatsApi:
         self._bus = bus
         self._gateway_id = gateway_id
         self._open_answers = open_answers
-        self._answers: dict[str, Answer] = {}
-        """By key; finished ones stay for `LINGER_S`."""
+        self._answers = ClientAnswers()
         self._unsubscribe: Callable[[], Awaitable[None]] | None = None
         self._is_draining = False
+        self._skipped_requests = ThrottledWarnings(log)
+        self._skipped_cancels = ThrottledWarnings(log)
 
     async def subscribe(self) -> None:
         self._bus.on_reconnect(self._bus_reconnected)
+        self._open_answers.on_claimed(self._claimed)
         self._unsubscribe = await self._bus.subscribe(subjects.GENERATE, self._on_generate, queue=subjects.GATEWAYS)
         await self._bus.subscribe(subjects.CANCEL, self._on_cancel)
 
     def on_no_responders(self, key_and_index: str) -> None:
         """Handles NATS' report that nobody was subscribed for a message of an answer."""
         key, _, index = key_and_index.partition(".")
-        if key in self._answers and index.isdecimal() and len(index) < 12:
-            self._answers[key].inbox.on_no_responders(int(index))
+        answer = self._answers.get(key)
+        if answer is not None and index.isdecimal() and len(index) < 12:
+            answer.inbox.on_no_responders(int(index))
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, lets the open ones finish for a while, then ends them."""
         self._is_draining = True
         if self._unsubscribe is not None:
             await self._unsubscribe()
-        running = [one.task for one in self._answers.values() if one.task is not None and not one.is_finished]
+        running = [one.task for one in self._answers if one.task is not None and not one.is_finished]
         if running:
             await asyncio.wait(running, timeout=timeout_s)
-        for answer in list(self._answers.values()):
-            self._end(answer, gateway_is_ending())
+        for answer in self._answers:
+            answer.end(gateway_is_ending())
         if running:
             await asyncio.wait(running, timeout=timeout_s)
-        for answer in self._answers.values():
+        for answer in self._answers:
             answer.inbox.close()
 
     def _bus_reconnected(self) -> None:
-        for answer in self._answers.values():
+        self._open_answers.renew_soon()
+        for answer in self._answers:
             answer.inbox.bus_reconnected()
 
-    def _end(self, answer: Answer, error: RequestError) -> None:
-        if not answer.is_finished and answer.ended_by is None:
-            answer.ended_by = error
-            if answer.task is not None and answer.has_started:
-                answer.task.cancel()
+    def _claimed(self, keys: Collection[str]) -> None:
+        """Ends answers whose clients another gateway has told that this one has died: they get nothing more."""
+        for answer in filter(None, map(self._answers.get, keys)):
+            answer.inbox.close()
+            answer.end(InternalError("Another gateway took this one for dead and ended the request."))
+            answer.has_ended = True
 
     async def _on_cancel(self, incoming: Incoming) -> None:
         try:
             cancel = incoming.parse(CancelGenerate)
         except InvalidRequest as error:
-            log.warning("skipping a malformed cancel: %s", error.message)
+            self._skipped_cancels.warning("skipping a malformed cancel: %s", error.message)
             return
-        answer = self._running(cancel.id)
-        # Others can guess an id that a client has chosen, but neither a key of ours nor the client's inbox.
-        if answer is not None and (cancel.id == answer.key or cancel.inbox == answer.inbox.subject):
-            self._end(answer, Cancelled("cancelled by the client"))
+        answer = self._answers.cancelled(cancel.id, cancel.inbox)
+        if answer is not None:
+            answer.end(_cancelled_by_client())
 
     async def _on_generate(self, incoming: Incoming) -> None:
         arrived_at = time.monotonic()
+        if not incoming.reply_to:
+            self._skipped_requests.warning("skipping a request without a reply inbox")
+            return
+        request: GenerateRequest | None = None
+        error: RequestError | None = None
         try:
+            if incoming.num_bytes <= LARGE_REQUEST_BYTES:
+                request = incoming.parse(GenerateRequest)
+        except InvalidRequest as invalid:
+            error = invalid
+        try:
+            if self._answers.num_open >= MAX_OPEN_ANSWERS:
+                await self._reject_overload(incoming.reply_to, request)
+                return
             answer = self._open(incoming.reply_to)
-        except (RequestError, MessageTooLarge) as error:
-            log.warning("skipping a request that cannot be answered: %s", error)
+        except (InvalidRequest, MessageTooLarge) as unusable:
+            self._skipped_requests.warning("skipping a request that cannot be answered: %s", unusable)
             return
         try:
-            request = incoming.parse(GenerateRequest)
-            if request.id is not None and self._running(request.id) is not None:
-                raise InvalidRequest(f"A request with the id {request.id} is open: use another id.", param="id")
-            answer.id = request.id or answer.key
+            if error is not None:
+                raise error
+            if request is None:
+                self._answers.expect_id(answer)
+            else:
+                self._name(answer, request)
             if self._is_draining:
                 raise gateway_is_ending()
-        except RequestError as error:
-            await self._fail(answer, error)
-            self._finished(answer, error.code)
+        except RequestError as rejection:
+            await self._fail(answer, rejection)
+            self._finished(answer, rejection.code)
             return
-        answer.task = asyncio.create_task(self._answer(request, answer, incoming.trace_context, arrived_at))
-        self._open_answers.add(answer.key, OpenAnswer(inbox=incoming.reply_to, id=answer.id))
+        answer.task = asyncio.create_task(self._answer(incoming, request, answer, arrived_at))
+        if request is not None:
+            self._open_answers.add(answer.key, OpenAnswer(inbox=answer.inbox.subject, id=answer.id))
 
     def _open(self, reply_to: str) -> Answer:
         """Opens the answer to a request.
@@ -160,45 +163,62 @@ class NatsApi:
         Raises:
             InvalidRequest, MessageTooLarge: the reply subject cannot be used.
         """
-        if not reply_to:
-            raise InvalidRequest("a request without a reply inbox")
-        if len(self._answers) >= MAX_OPEN_ANSWERS:
-            raise InvalidRequest(f"{MAX_OPEN_ANSWERS} answers are open already")
-        key = f"gen-{secrets.token_hex(12)}"
+        key = new_key()
         reports = subjects.gateway(self._gateway_id, subjects.gone(key))
 
         def on_gone() -> None:
-            if key in self._answers:
-                self._end(self._answers[key], Cancelled("nobody is subscribed to the reply inbox"))
+            answer = self._answers.get(key)
+            if answer is not None:
+                answer.end(Cancelled("nobody is subscribed to the reply inbox"))
 
-        answer = Answer(key, key, ReplyInbox(self._bus, reply_to, reports, on_gone))
-        self._answers[key] = answer
-        return answer
+        return self._answers.open(key, ReplyInbox(self._bus, reply_to, reports, on_gone))
 
-    def _running(self, request_id: str) -> Answer | None:
-        return next((one for one in self._answers.values() if one.id == request_id and not one.is_finished), None)
+    def _name(self, answer: Answer, request: GenerateRequest) -> None:
+        """Gives an answer the id that its request names.
+
+        Raises:
+            InvalidRequest: the id is in use.
+        """
+        if self._answers.name(answer, request.id):
+            answer.end(_cancelled_by_client())
+
+    async def _reject_overload(self, inbox: str, request: GenerateRequest | None) -> None:
+        """Answers a request beyond `MAX_OPEN_ANSWERS`, of which nothing is kept."""
+        error = Overloaded(
+            f"This gateway has {MAX_OPEN_ANSWERS} requests on NATS already: try again later.",
+            retry_after_s=RETRY_AFTER_S,
+        )
+        request_id = (request.id if request is not None else None) or new_key()
+        self._api.metrics.requests.labels(ENDPOINT, error.code).inc()
+        await self._bus.publish(inbox, GenerateFailed(id=request_id, index=0, error=error.body))
 
     def _finished(self, answer: Answer, code: str) -> None:
-        answer.is_finished = True
+        self._answers.finish(answer)
         self._open_answers.remove(answer.key)
         self._api.metrics.requests.labels(ENDPOINT, code).inc()
-        asyncio.get_running_loop().call_later(LINGER_S, self._forget, answer)
 
-    def _forget(self, answer: Answer) -> None:
-        answer.inbox.close()
-        self._answers.pop(answer.key, None)
+    async def _answer(
+        self, incoming: Incoming, request: GenerateRequest | None, answer: Answer, arrived_at: float
+    ) -> None:
+        """Serves one request: its inbox gets exactly one terminal message, and no error leaves this task.
 
-    async def _answer(self, request: GenerateRequest, answer: Answer, context: Context, arrived_at: float) -> None:
-        """Serves one request: its inbox gets exactly one terminal message, and no error leaves this task."""
+        Args:
+            request: None if it is large, and so has to be parsed here.
+        """
         in_flight = self._api.metrics.endpoint(ENDPOINT).in_flight
         in_flight.inc()
         error: RequestError | None = None
         answer.has_started = True
         try:
-            if answer.ended_by is not None:
-                raise answer.ended_by
             attributes = {tracing.REQUEST_ID: answer.key}
-            with self._api.tracer.start_as_current_span("generate", context, SpanKind.SERVER, attributes):
+            span = self._api.tracer.start_as_current_span
+            with span("generate", incoming.trace_context, SpanKind.SERVER, attributes):
+                if request is None:
+                    request = await asyncio.to_thread(incoming.parse, GenerateRequest)
+                    self._name(answer, request)
+                    self._open_answers.add(answer.key, OpenAnswer(inbox=answer.inbox.subject, id=answer.id))
+                if answer.ended_by is not None:
+                    raise answer.ended_by
                 await self._generate(request, answer, arrived_at)
         except RequestError as known:
             error = known
@@ -210,7 +230,7 @@ class NatsApi:
             log.exception("internal error while handling request %s", answer.id)
             error = InternalError("The gateway failed at this request; its log says why.")
         try:
-            if error is not None:
+            if error is not None and not answer.has_ended:
                 await self._fail(answer, error)
         except Exception:
             log.exception("the error of request %s could not be sent", answer.id)
@@ -219,14 +239,34 @@ class NatsApi:
             self._finished(answer, "ok" if error is None else error.code)
 
     async def _generate(self, request: GenerateRequest, answer: Answer, arrived_at: float) -> None:
+        if request.timeout_s is not None and request.timeout_s <= 0:
+            raise InvalidRequest("`timeout_s` must be over 0.", param="timeout_s")
+        timeout_s = min(request.timeout_s or self._api.request_timeout_s, self._api.request_timeout_s)
+        left_s = arrived_at + timeout_s + GRACE_S - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                usage, finish_reason = await self._serve(request, answer, arrived_at, arrived_at + timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"The request was not done within {timeout_s:g} s.") from error
+        if answer.ended_by is not None:
+            raise answer.ended_by
+        done = GenerateDone(id=answer.id, index=answer.inbox.index, finish_reason=finish_reason, usage=usage)
+        await self._send_end(answer, done)
+
+    async def _serve(
+        self, request: GenerateRequest, answer: Answer, arrived_at: float, deadline: float
+    ) -> tuple[GenerateUsage, FinishReason]:
+        """Sends everything but the terminal message."""
         api = self._api
-        timeout_s = min(request.timeout_s or api.request_timeout_s, api.request_timeout_s)
-        prompt_token_ids, sampling = await self._read(request)
+        if request.model is not None:
+            check_model(api, request.model)
+        prompt_token_ids, sampling = await read_request(request, api.tokenizer, api.core.max_model_len())
+        api.metrics.prompt_tokens.inc(len(prompt_token_ids))
         served = Request(
             id=answer.key,
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
-            deadline=arrived_at + timeout_s,
+            deadline=deadline,
             arrived_at=arrived_at,
             output=TokenOutput(),
             scenario=request.scenario,
@@ -234,16 +274,12 @@ class NatsApi:
         )
         detokenizer = api.tokenizer.detokenizer(prompt_token_ids)
         text = TextStream(detokenizer, stop=request.stop or (), min_tokens=request.min_tokens)
-        try:
-            async with asyncio.timeout(timeout_s + GRACE_S), api.core.serving([served]):
-                usage, finish_reason = await self._stream(served, text, answer)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"The request was not done within {timeout_s:g} s.") from error
+        async with api.core.serving([served]):
+            usage, finish_reason = await self._stream(served, text, answer)
         span = get_current_span()
         span.set_attribute(tracing.NUM_PROMPT_TOKENS, usage.prompt_tokens)
         span.set_attribute(tracing.NUM_OUTPUT_TOKENS, usage.completion_tokens)
-        done = GenerateDone(id=answer.id, index=answer.inbox.index, finish_reason=finish_reason, usage=usage)
-        await answer.inbox.send(done)
+        return usage, finish_reason
 
     async def _stream(self, served: Request, text: TextStream, answer: Answer) -> tuple[GenerateUsage, FinishReason]:
         """Sends a chunk for all tokens that have arrived, again and again, up to the last token."""
@@ -273,66 +309,25 @@ class NatsApi:
                 )
                 return usage, finish_reason
 
-    async def _read(self, request: GenerateRequest) -> tuple[list[int], SamplingParams]:
-        """Returns the prompt's tokens and complete sampling parameters."""
-        api = self._api
-        if request.model is not None:
-            check_model(api, request.model)
-        if request.timeout_s is not None and request.timeout_s <= 0:
-            raise InvalidRequest("`timeout_s` must be over 0.", param="timeout_s")
-        max_model_len = api.core.max_model_len()
-        param, prompt_token_ids = await self._prompt(request, max_model_len)
-        check_prompt(prompt_token_ids, api.tokenizer, max_model_len, param)
-        api.metrics.prompt_tokens.inc(len(prompt_token_ids))
-        sampling = sampling_params(
-            request,
-            tokenizer=api.tokenizer,
-            num_prompt_tokens=len(prompt_token_ids),
-            max_model_len=max_model_len,
-            max_tokens=request.max_tokens,
-            default_max_tokens=None if request.messages is not None else DEFAULT_MAX_TOKENS,
-            logprobs=request.logprobs,
-        )
-        return prompt_token_ids, sampling
-
-    async def _prompt(self, request: GenerateRequest, max_model_len: int) -> tuple[str, list[int]]:
-        given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
-        if len(given) != 1:
-            raise InvalidRequest(
-                f"Give exactly one of prompt, prompt_token_ids and messages, not {' and '.join(given) or 'none'}."
-            )
-        [param] = given
-        tokenizer = self._api.tokenizer
-        if request.messages is not None:
-            messages = [message.model_dump() for message in request.messages]
-            return param, await tokenizer.encode_chat(messages, max_tokens=max_model_len)
-        if request.prompt is not None:
-            return param, await tokenizer.encode(request.prompt, max_tokens=max_model_len)
-        assert request.prompt_token_ids is not None
-        return param, request.prompt_token_ids
-
     async def _fail(self, answer: Answer, error: RequestError) -> None:
-        await answer.inbox.send(GenerateFailed(id=answer.id, index=answer.inbox.index, error=error.body))
+        await self._send_end(answer, GenerateFailed(id=answer.id, index=answer.inbox.index, error=error.body))
 
+    async def _send_end(self, answer: Answer, message: GenerateDone | GenerateFailed) -> None:
+        """Sends the terminal message. From now on nobody else can end the answer.
 
-async def end_orphans(bus: Bus, open_answers: OpenAnswers, gateway_id: str) -> None:
-    """Sends a terminal error to the clients of a gateway that has died.
-
-    Raises:
-        RegistryUnavailable: nothing was sent; call again.
-    """
-    orphans = await open_answers.claim(gateway_id)
-    if orphans:
-        log.warning("gateway %s has died: ending its %d open answers on NATS", gateway_id, len(orphans))
-    error = InternalError("The gateway that served this request has died: send the request again.", retry_after_s=0.0)
-    for orphan in orphans:
-        if not subjects.is_inbox(orphan.inbox):
-            log.warning("an open answer of %s cannot be ended: its reply subject is not an inbox", gateway_id)
-            continue
+        Raises:
+            MessageTooLarge: it was not sent, so the answer still needs one.
+        """
+        answer.has_ended = True
         try:
-            await bus.publish(orphan.inbox, GenerateFailed(id=orphan.id, index=-1, error=error.body))
-        except (MessageTooLarge, InvalidRequest) as unsendable:
-            log.warning("an open answer of %s cannot be ended: %s", gateway_id, unsendable)
+            await answer.inbox.send(message)
+        except MessageTooLarge:
+            answer.has_ended = False
+            raise
+
+
+def _cancelled_by_client() -> Cancelled:
+    return Cancelled("cancelled by the client")
 
 
 def _chunk(answer: Answer, deltas: Sequence[TextDelta]) -> GenerateChunk:

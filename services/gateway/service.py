@@ -16,7 +16,7 @@ from services.gateway.dispatcher import Dispatcher
 from services.gateway.events import EventRouter
 from services.gateway.groups import Group, Groups
 from services.gateway.instance_watch import Instances
-from services.gateway.nats_api import NatsApi, end_orphans
+from services.gateway.nats_api import NatsApi
 from services.gateway.openai.app import http_server_config
 from services.gateway.openai.idempotency import idempotent_answers
 from services.gateway.request import Request
@@ -24,9 +24,10 @@ from shared import __version__
 from shared.addresses import advertised
 from shared.bus import connection, subjects
 from shared.bus.connection import Bus, Incoming
-from shared.errors import NoResponders, PeerUnavailable, RegistryUnavailable, RequestError, SettingsInvalid
+from shared.dead_gateways import GatewayDeaths
+from shared.errors import RegistryUnavailable, RequestError, SettingsInvalid
 from shared.messages.records import GatewayRecord
-from shared.messages.serving import Ping, Pong, SlotFreed
+from shared.messages.serving import SlotFreed
 from shared.process import Lifetime, heartbeats
 from shared.registry import registry
 from shared.registry.idempotency import RedisIdempotencyIndex
@@ -37,10 +38,6 @@ from shared.telemetry import tracing
 from shared.telemetry.gateway_metrics import GatewayMetrics
 from shared.text.tokenizer import Tokenizer
 
-WATCH_GATEWAYS_EVERY_S = 0.5
-PING_TIMEOUT_S = 1.0
-DEAD_AFTER_PINGS = 2
-"""Pings in a row that find nobody subscribed before a gateway is taken for dead."""
 TIDY_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -79,6 +76,7 @@ class Gateway:
         self._instances = Instances(bus, self._router, self._instance_lost, self._groups.mark_alive)
         self._dispatcher = Dispatcher(settings, self._router, self._instances, self._groups, self._metrics)
         self._open_answers = OpenAnswers(records, gateway_id)
+        self._deaths = GatewayDeaths(bus, records, self._open_answers, gateway_id, heartbeat_s=settings.heartbeat_s)
         self._api = ApiContext(
             core=self,
             tokenizer=tokenizer,
@@ -122,7 +120,7 @@ class Gateway:
                 tasks.create_task(self._groups.watch()),
                 tasks.create_task(self._instances.watch()),
                 tasks.create_task(self._open_answers.run()),
-                tasks.create_task(self._watch_gateways()),
+                tasks.create_task(self._deaths.watch()),
                 tasks.create_task(self._tidy()),
             ]
             await self._bus.subscribe(subjects.gateway(self._id, ">"), self._on_message)
@@ -198,32 +196,6 @@ class Gateway:
             await asyncio.sleep(TIDY_EVERY_S)
             self._dispatcher.tidy()
             self._instances.keep({member.instance_id for group in self._groups.all() for member in group.map.members})
-
-    async def _watch_gateways(self) -> None:
-        """Pings the gateways that have open answers on NATS, and ends the answers of those that have died."""
-        num_failed: dict[str, int] = {}
-        while True:
-            await asyncio.sleep(WATCH_GATEWAYS_EVERY_S)
-            try:
-                others = await self._open_answers.orphans([])
-                is_gone = await asyncio.gather(*(self._is_gone(one) for one in others))
-                num_failed = {
-                    one: num_failed.get(one, 0) + 1 for one, gone in zip(others, is_gone, strict=True) if gone
-                }
-                for gateway_id in [one for one, number in num_failed.items() if number >= DEAD_AFTER_PINGS]:
-                    await end_orphans(self._bus, self._open_answers, gateway_id)
-            except RegistryUnavailable as error:
-                log.debug("open answers of other gateways cannot be read: %s", error)
-
-    async def _is_gone(self, gateway_id: str) -> bool:
-        try:
-            ping = Ping(sender_id=self._id)
-            await self._bus.request(subjects.gateway(gateway_id, "ping"), ping, Pong, timeout_s=PING_TIMEOUT_S)
-        except NoResponders:
-            return self._bus.connected
-        except (PeerUnavailable, RequestError):
-            return False
-        return False
 
 
 def _can_serve(group: Group) -> bool:

@@ -6,6 +6,7 @@
 | pdserve:v1:heartbeat:<id>            | str  | Heartbeat as JSON, from the same record     | the instance           |
 | pdserve:v1:gateway:<id>              | str  | GatewayRecord as JSON                       | the gateway            |
 | pdserve:v1:gateway:<id>:open         | hash | request key -> OpenAnswer as JSON           | the gateway            |
+| pdserve:v1:gateway:<id>:claimed      | set  | request keys whose OpenAnswers were claimed | other gateways         |
 | pdserve:v1:idempotency:<hash>        | str  | id and address of the gateway that has it   | gateways               |
 | pdserve:v1:instances                 | set  | instance ids                                | instances              |
 | pdserve:v1:gateways                  | set  | gateway ids                                 | gateways               |
@@ -44,6 +45,10 @@ def gateway(gateway_id: str) -> str:
 
 def open_answers(gateway_id: str) -> str:
     return f"{PREFIX}:gateway:{gateway_id}:open"
+
+
+def claimed_answers(gateway_id: str) -> str:
+    return f"{PREFIX}:gateway:{gateway_id}:claimed"
 
 
 def idempotent_answer(key_hash: str) -> str:

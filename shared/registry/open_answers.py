@@ -4,6 +4,7 @@ A gateway writes down where it owes an answer; when it dies, another one claims 
 
     gateway A   add, remove    ->  pdserve:v1:gateway:A:open   (batched: a request costs no round trip)
     gateway B   claim("A")     <-  all of it, once: no other gateway gets it, too
+    gateway B   claim("A")     ->  pdserve:v1:gateway:A:claimed   (should A be alive after all, it reads this)
     gateway B   error          ->  inbox of each client        (not here: this module only reads and writes Redis)
 
 The key outlives the gateway's record by far, so that a claim finds it however late the death is noticed.
@@ -12,7 +13,7 @@ The key outlives the gateway's record by far, so that a claim finds it however l
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,6 +30,8 @@ TTL_FACTOR = 10
 FLUSH_EVERY_S = 0.02
 RENEW_EVERY_S = 1.0
 RETRY_S = 0.5
+CLAIMED_TTL_MS = 900_000
+"""How long a gateway that was taken for dead can find out which of its answers others have ended."""
 MAX_OPEN_ANSWERS = 100_000
 """Further answers are not written down: their clients wait for their own deadline if the gateway dies."""
 
@@ -42,12 +45,10 @@ class OpenAnswer:
     Attributes:
         inbox: the subject on which the client listens.
         id: the request's id, as the client knows it.
-        expires_at: the request's deadline in Unix seconds, if it has one.
     """
 
     inbox: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\s*>]+$")]
     id: Annotated[str, Field(max_length=512)]
-    expires_at: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 _ADAPTER: TypeAdapter[OpenAnswer] = TypeAdapter(OpenAnswer)
@@ -64,6 +65,7 @@ class OpenAnswers:
         self._registry = registry
         self._id = gateway_id
         self._key = keys.open_answers(gateway_id)
+        self._claimed_key = keys.claimed_answers(gateway_id)
         self._ttl_ms = TTL_FACTOR * registry.ttl_ms
         self._open: dict[str, OpenAnswer] = {}
         self._unwritten: set[str] = set()
@@ -72,6 +74,9 @@ class OpenAnswers:
         """Request keys that Redis has."""
         self._rewrite = False
         """Whether everything has to be written again: it is not known what Redis has."""
+        self._handled: set[str] = set()
+        """Request keys of which Redis says that they were claimed, and which are removed there with the next flush."""
+        self._on_claimed: Callable[[Collection[str]], None] | None = None
         self._renewed_at = 0.0
         self._changed = asyncio.Event()
         self._unusable = Unusable()
@@ -97,6 +102,18 @@ class OpenAnswers:
             self._is_full = self._is_full and len(self._open) > MAX_OPEN_ANSWERS // 2
             self._note(key)
 
+    def on_claimed(self, callback: Callable[[Collection[str]], None]) -> None:
+        """Calls `callback` with the keys of answers that another gateway has ended, because it took this one for dead.
+
+        They are removed here before.
+        """
+        self._on_claimed = callback
+
+    def renew_soon(self) -> None:
+        """Lets `run` find out at once what was claimed, as after a time without a connection."""
+        self._renewed_at = float("-inf")
+        self._changed.set()
+
     async def run(self) -> None:
         """Writes changes and renews what is written; runs forever."""
         while True:
@@ -116,7 +133,7 @@ class OpenAnswers:
         """
         self._changed.clear()
         is_due = bool(self._written) and time.monotonic() - self._renewed_at >= RENEW_EVERY_S
-        if not (self._unwritten or self._rewrite or is_due):
+        if not (self._unwritten or self._rewrite or self._handled or is_due):
             return
         unwritten, rewrite = self._unwritten, self._rewrite
         changed = dict(self._open) if rewrite else {key: self._open[key] for key in unwritten if key in self._open}
@@ -125,10 +142,12 @@ class OpenAnswers:
         self._written = changed.keys() | (set() if rewrite else self._written.difference(removed))
         num_expected = len(self._written)
         self._rewrite = True  # unless the following succeeds
-        num_written = await self._write(changed, removed, rewrite=rewrite)
+        num_written, claimed = await self._write(changed, removed, rewrite=rewrite)
         # It differs if Redis has lost it, or if another gateway has claimed it because it took this one for dead.
         self._rewrite = num_written != num_expected
         self._renewed_at = time.monotonic()
+        self._handle_claimed(claimed - self._handled)
+        self._handled = claimed
 
     async def close(self) -> None:
         """Removes everything, for a gateway that ends and has ended all its answers."""
@@ -136,19 +155,19 @@ class OpenAnswers:
         await self._write({}, [], rewrite=True)
         await self._registry.run(lambda pipe: pipe.srem(keys.GATEWAYS_WITH_OPEN, self._id))
 
-    async def orphans(self, live_gateway_ids: Collection[str]) -> list[str]:
-        """Returns the gateways that may owe answers and are not among the live ones."""
+    async def orphans(self) -> list[str]:
+        """Returns the other gateways that owe answers, alive or not."""
         [found] = await self._registry.run(lambda pipe: pipe.smembers(keys.GATEWAYS_WITH_OPEN))
-        return sorted({one for one in found if is_identifier(one)} - set(live_gateway_ids) - {self._id})
+        return sorted({one for one in found if is_identifier(one)} - {self._id})
 
     async def claim(self, gateway_id: str) -> list[OpenAnswer]:
         """Takes over what a dead gateway owes: the caller must end these answers, as nobody else gets them.
 
         Those that cannot be read are skipped.
         """
-        key = keys.open_answers(gateway_id)
+        names = (keys.open_answers(gateway_id), keys.GATEWAYS_WITH_OPEN, keys.claimed_answers(gateway_id))
         [found] = await self._registry.run(
-            lambda pipe: pipe.eval(scripts.CLAIM, 2, key, keys.GATEWAYS_WITH_OPEN, gateway_id)
+            lambda pipe: pipe.eval(scripts.CLAIM, len(names), *names, gateway_id, CLAIMED_TTL_MS)
         )
         texts = found[1::2]
         parsed = [
@@ -167,6 +186,16 @@ class OpenAnswers:
             return
         self._is_away = False
 
+    def _handle_claimed(self, claimed: Collection[str]) -> None:
+        """Removes answers that another gateway has ended, and tells their owner."""
+        if not claimed:
+            return
+        for key in claimed:
+            self.remove(key)
+        log.warning("another gateway took this one for dead and ended %d of its answers on NATS", len(claimed))
+        if self._on_claimed is not None:
+            self._on_claimed(claimed)
+
     def _note(self, key: str) -> None:
         # Added and removed within one flush, and nothing of it in Redis: there is nothing to write.
         if key not in self._open and key not in self._written and not self._rewrite:
@@ -175,8 +204,10 @@ class OpenAnswers:
         self._unwritten.add(key)
         self._changed.set()
 
-    async def _write(self, changed: dict[str, OpenAnswer], removed: list[str], *, rewrite: bool) -> int:
-        """Writes to Redis in one round trip. Returns how many answers it has then."""
+    async def _write(
+        self, changed: dict[str, OpenAnswer], removed: list[str], *, rewrite: bool
+    ) -> tuple[int, set[str]]:
+        """Writes to Redis in one round trip. Returns how many answers it has then, and the keys of claimed ones."""
 
         def fill(pipe: Pipeline) -> None:
             if rewrite:
@@ -188,6 +219,10 @@ class OpenAnswers:
                 pipe.sadd(keys.GATEWAYS_WITH_OPEN, self._id)
             pipe.pexpire(self._key, self._ttl_ms)
             pipe.pexpire(keys.GATEWAYS_WITH_OPEN, self._ttl_ms)
+            if self._handled:
+                pipe.srem(self._claimed_key, *self._handled)
             pipe.hlen(self._key)
+            pipe.smembers(self._claimed_key)
 
-        return int((await self._registry.run(fill))[-1])
+        *_, num_written, claimed = await self._registry.run(fill)
+        return int(num_written), set(claimed)

@@ -39,9 +39,12 @@ return 1
 """
 
 CLAIM = """
--- KEYS: a gateway's open answers, gateways with open answers. ARGV: gateway id.
+-- KEYS: a gateway's open answers, gateways with open answers, its claimed answers.
+-- ARGV: gateway id, time to live in ms.
 local answers = redis.call('HGETALL', KEYS[1])
 redis.call('DEL', KEYS[1])
 redis.call('SREM', KEYS[2], ARGV[1])
+for position = 1, #answers, 2 do redis.call('SADD', KEYS[3], answers[position]) end
+if #answers > 0 then redis.call('PEXPIRE', KEYS[3], ARGV[2]) end
 return answers
 """

@@ -12,9 +12,10 @@ from nats.aio.subscription import Subscription
 from pdserve.servers import Servers
 from services.gateway import nats_api
 from services.gateway.api import ApiContext
-from services.gateway.nats_api import NatsApi, end_orphans
-from shared.bus import connection, reply_inbox, subjects
+from services.gateway.nats_api import NatsApi
+from shared.bus import client_answers, connection, reply_inbox, subjects
 from shared.bus.connection import Bus, Incoming
+from shared.dead_gateways import end_orphans
 from shared.errors import InternalError, Overloaded
 from shared.registry import registry
 from shared.registry.open_answers import OpenAnswer, OpenAnswers
@@ -229,7 +230,7 @@ async def test_a_request_and_its_cancel_in_one_turn_of_the_event_loop(one: Serve
     await one.api._on_cancel(cancel)
     assert error_of(await end_in(answer))["code"] == "cancelled"
     assert one.core.calls == []
-    assert "mine" not in {found.id for found in one.api._answers.values() if not found.is_finished}
+    assert "mine" not in {found.id for found in one.api._answers if not found.is_finished}
 
 
 async def incoming_pair(one: Served, request: Json, cancel: Json) -> tuple[Incoming, Incoming]:
@@ -410,7 +411,7 @@ async def test_a_client_may_be_taken_for_gone_after_its_answer_is_forgotten(
     servers: Servers, records: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sending the last message again outlasts its keeping; that ends nothing else."""
-    monkeypatch.setattr(nats_api, "LINGER_S", 2.0)
+    monkeypatch.setattr(client_answers, "LINGER_S", 2.0)
     monkeypatch.setattr(reply_inbox, "CLIENT_RETURNS_S", 1.0)
     monkeypatch.setattr(reply_inbox, "SEND_AGAIN_S", 3.0)
     port = free_port()
@@ -424,8 +425,8 @@ async def test_a_client_may_be_taken_for_gone_after_its_answer_is_forgotten(
         await eventually(lambda: not one.bus.connected)
         servers.start_nats(port)
         await eventually(lambda: one.bus.connected)
-        [kept] = one.api._answers.values()
+        [kept] = one.api._answers
         await eventually(lambda: kept.inbox._is_resending)
-        await eventually(lambda: not one.api._answers)
+        await eventually(lambda: not len(one.api._answers))
         await eventually(lambda: one.client.connection.is_connected)
         await one.is_served()
