@@ -49,5 +49,6 @@ def test_every_key_stands_in_the_architecture() -> None:
         keys.heartbeat("<id>"),
         keys.gateway("<id>"),
         keys.open_answers("<id>"),
+        keys.claimed_answers("<id>"),
     ):
         assert f"`{key}`" in page, key

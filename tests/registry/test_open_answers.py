@@ -112,7 +112,7 @@ async def test_it_is_renewed_while_the_gateway_lives(redis_url: str, monkeypatch
                 await eventually(lambda: min(client.pttl(key) for key in both) > 10_000)
 
 
-@pytest.mark.parametrize("how", ["lost", "claimed", "half lost"])
+@pytest.mark.parametrize("how", ["lost", "half lost"])
 async def test_what_redis_has_lost_is_written_again(redis_url: str, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(open_answers, "RENEW_EVERY_S", 0.02)
     async with connected(redis_url) as records:
@@ -124,13 +124,62 @@ async def test_what_redis_has_lost_is_written_again(redis_url: str, monkeypatch:
                 await eventually(lambda: client.hlen(keys.open_answers("g1")) == 3)
                 if how == "lost":
                     client.flushall()
-                elif how == "claimed":
-                    assert len(await other.claim("g1")) == 3
                 else:
                     client.hdel(keys.open_answers("g1"), "1")
                 await eventually(lambda: client.hlen(keys.open_answers("g1")) == 3)
         assert await other.orphans() == ["g1"]
         assert len(await other.claim("g1")) == 3
+
+
+async def test_a_gateway_that_was_taken_for_dead_hears_what_was_claimed(redis_url: str) -> None:
+    """It does not owe these answers any more, and still owes those that it has added since."""
+    async with connected(redis_url) as records:
+        alive, other = OpenAnswers(records, "g1"), OpenAnswers(records, "g2")
+        told: list[set[str]] = []
+        alive.on_claimed(lambda claimed: told.append(set(claimed)))
+        for number in range(3):
+            alive.add(str(number), answer(number))
+        await alive.flush()
+        assert len(await other.claim("g1")) == 3
+        alive.add("3", answer(3))
+        await alive.flush()
+        assert told == [{"0", "1", "2"}]
+        assert len(alive) == 1
+        for _ in range(3):
+            await alive.flush()
+        assert told == [{"0", "1", "2"}], "it is told once"
+        assert await other.orphans() == ["g1"]
+        assert await other.claim("g1") == [answer(3)]
+        alive.renew_soon()
+        await alive.flush()
+        assert told[1:] == [{"3"}]
+        assert await records.run(lambda pipe: pipe.pttl(keys.claimed_answers("g1"))) > [0]
+
+
+async def test_what_was_claimed_while_redis_was_out_of_reach_is_heard_afterwards(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its next flush writes everything again: nobody may get an error for that a second time."""
+    async with connected(redis_url) as records, connected(redis_url) as others_records:
+        alive, other = OpenAnswers(records, "g1"), OpenAnswers(others_records, "g2")
+        told: list[set[str]] = []
+        alive.on_claimed(lambda claimed: told.append(set(claimed)))
+        alive.add("0", answer(0))
+        await alive.flush()
+
+        async def away(fill: object) -> None:
+            raise RegistryUnavailable("away")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(records, "run", away)
+            alive.add("1", answer(1))
+            with pytest.raises(RegistryUnavailable):
+                await alive.flush()
+        assert await other.claim("g1") == [answer(0)]
+        await alive.flush()
+        assert told == [{"0"}]
+        await alive.flush()
+        assert await other.claim("g1") == [answer(1)]
 
 
 async def test_everything_is_written_once_redis_is_back(
