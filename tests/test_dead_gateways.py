@@ -1,4 +1,4 @@
-"""Which gateways are dead: those that nobody answers for, and whose heartbeat stands still. A reconnecting one is not."""
+"""Which gateways are dead: no pings are answered and the heartbeat stands still. A reconnecting gateway is not dead."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -87,7 +87,7 @@ class Instances:
         self.client(target_id).breaker.succeeded()
 
     def failed(self, instance_id: str, kv_source_id: str | None, started_at: float) -> None:
-        """Notes a failed attempt that began at `started_at`: of a link if KV could not be fetched, else of an instance."""
+        """Notes a failed attempt that began at `started_at`: of a link if no KV came, else of the instance."""
         breaker = self.client(instance_id).breaker
         if kv_source_id is not None:
             breaker = self._links.setdefault(kv_source_id, {}).setdefault(instance_id, CircuitBreaker())
