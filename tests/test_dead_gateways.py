@@ -1,4 +1,4 @@
-"""Which gateways are dead: no pings are answered and the heartbeat stands still. A reconnecting gateway is not dead."""
+"""Which gateways are dead: nobody answers for them, and their heartbeat stands still. A reconnecting one is not dead."""
 
 import asyncio
 from collections.abc import AsyncIterator

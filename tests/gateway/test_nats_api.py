@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from nats.aio.subscription import Subscription
 from pdserve.servers import Servers
 from services.gateway import nats_api
 from services.gateway.api import ApiContext
-from services.gateway.nats_api import NatsApi
+from services.gateway.nats_api import LARGE_REQUEST_BYTES, NatsApi
+from services.gateway.openai.schemas import CompletionRequest, parse_request
+from shared import throttled_log
 from shared.bus import client_answers, connection, reply_inbox, subjects
 from shared.bus.connection import Bus, Incoming
+from shared.bus.reply_inbox import ReplyInbox
 from shared.dead_gateways import end_orphans
-from shared.errors import InternalError, Overloaded
+from shared.errors import InternalError, InvalidRequest, Overloaded
+from shared.messages.generate_api import ApiMessage, GenerateDone, GenerateRequest
 from shared.registry import registry
 from shared.registry.open_answers import OpenAnswer, OpenAnswers
 from shared.registry.registry import Registry
@@ -430,3 +435,207 @@ async def test_a_client_may_be_taken_for_gone_after_its_answer_is_forgotten(
         await eventually(lambda: not len(one.api._answers))
         await eventually(lambda: one.client.connection.is_connected)
         await one.is_served()
+
+
+async def test_too_many_open_requests_are_told_so(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nats_api, "MAX_OPEN_ANSWERS", 2)
+    for _ in range(5):
+        await one.is_served()  # finished ones do not count
+    one.core.script = endless
+    open_ones = [await one.client.send({"prompt": "x"}) for _ in range(2)]
+    firsts = [await next_message(answer) for answer in open_ones]
+    for request, name in (({"prompt": "x", "id": "mine"}, "mine"), (b"x" * (LARGE_REQUEST_BYTES + 1), None)):
+        [message] = await one.client.answer(request)  # type: ignore[arg-type]
+        assert error_of(message)["code"] == Overloaded.code
+        assert error_of(message)["retry_after_s"] == 1.0
+        assert name is None or message["id"] == name
+    assert count(one, "overloaded") == 2
+    assert len(one.core.calls) == 7
+    for answer, first in zip(open_ones, firsts, strict=True):
+        await one.cancel(id=str(first["id"]))
+        await end_in(answer)
+    await one.is_served()
+
+
+async def test_few_finished_answers_are_kept(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_answers, "MAX_FINISHED_ANSWERS", 3)
+    one.core.script = endless
+    still_open = await one.client.send({"id": "open", "prompt": "x"})
+    await next_message(still_open)
+    for _ in range(10):
+        await one.is_served()
+    await eventually(lambda: len(one.api._answers) == 4)
+    await one.cancel(id="open", inbox=still_open.subject)
+    assert error_of(await end_in(still_open))["code"] == "cancelled"
+
+
+async def test_what_anybody_can_cause_does_not_fill_the_log(
+    one: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(throttled_log, "INTERVAL_S", 1e6)
+    publish = one.client.connection.publish
+    for _ in range(50):
+        await publish("pdserve.v1.cancel", b"{")
+        await publish("pdserve.v1.generate", b'{"prompt": "x"}')
+        await publish("pdserve.v1.generate", b'{"prompt": "x"}', reply="_INBOX." + "a" * 4030)
+    await one.is_served()
+    await eventually(lambda: "malformed cancel" in caplog.text)
+    assert sum("skipping" in record.getMessage() for record in caplog.records) == 2
+    monkeypatch.setattr(throttled_log, "INTERVAL_S", 0.0)
+    await publish("pdserve.v1.cancel", b"{")
+    await eventually(lambda: "49 times since" in caplog.text)
+
+
+async def test_nothing_follows_once_another_gateway_has_ended_the_answer(one: Served, records: Registry) -> None:
+    """Its client has had a terminal message."""
+    proceed = asyncio.Event()
+    one.core.script = lambda call: [10, proceed, 11, 12]
+    answer = await one.client.send({"id": "mine", "prompt": "x"})
+    assert (await next_message(answer))["type"] == "chunk"
+    await one.open_answers.flush()
+    assert len(await OpenAnswers(records, "other").claim("g")) == 1
+    one.open_answers.renew_soon()
+    await one.open_answers.flush()
+    await eventually(lambda: one.core.calls[0].is_closed)
+    proceed.set()
+    await one.cancel(id="mine", inbox=answer.subject)
+    one.api._bus_reconnected()
+    await asyncio.sleep(reply_inbox.SEND_AGAIN_S + 2 * reply_inbox.REPORTED_AFTER_S)
+    await one.is_served()
+    await one.client.connection.flush()
+    assert answer.pending_msgs == 0
+    assert count(one, "internal_error") == 1
+
+
+@pytest.mark.parametrize("how", ["cancel", "drain"])
+async def test_nothing_follows_done(one: Served, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The cancel comes while the last message is being sent."""
+    sent, proceed = asyncio.Event(), asyncio.Event()
+    send = ReplyInbox.send
+
+    async def slowly(inbox: ReplyInbox, message: ApiMessage) -> None:
+        await send(inbox, message)
+        if isinstance(message, GenerateDone):
+            sent.set()
+            await proceed.wait()
+
+    monkeypatch.setattr(ReplyInbox, "send", slowly)
+    answer = await one.client.send({"id": "mine", "prompt": "x"})
+    await sent.wait()
+    if how == "cancel":
+        await one.cancel(id="mine", inbox=answer.subject)
+        await one.client.connection.flush()
+        await one.bus.flush()
+    else:
+        await one.api.drain(0.05)
+    [kept] = one.api._answers
+    assert kept.ended_by is None
+    proceed.set()
+    await eventually(lambda: kept.is_finished)
+    assert (await end_in(answer))["type"] == "done"
+
+
+async def test_clients_may_choose_the_same_id(one: Served) -> None:
+    one.core.script = endless
+    request: Json = {"id": "same", "prompt": "x"}
+    answers = [await one.client.send(request) for _ in range(2)]
+    for answer in answers:
+        assert (await next_message(answer))["type"] == "chunk"
+    again = json.dumps(request).encode()
+    await one.client.connection.publish("pdserve.v1.generate", again, reply=answers[0].subject)
+    error = error_of(await next_message(answers[0]))
+    assert (error["code"], error["param"]) == ("invalid_request", "id")
+    await one.cancel(id="same", inbox=answers[0].subject)
+    assert error_of(await end_in(answers[0]))["code"] == "cancelled"
+    assert not one.core.calls[1].is_closed
+    await one.cancel(id="same", inbox=answers[1].subject)
+    assert error_of(await end_in(answers[1]))["code"] == "cancelled"
+
+
+class SlowToParse:
+    """Parsing a request waits for `proceed`, and `threads` are those that have parsed one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads: list[threading.Thread] = []
+        self.proceed = threading.Event()
+        parse = Incoming.parse
+
+        def slowly(incoming: Incoming, kind: type[ApiMessage]) -> ApiMessage:
+            if kind is GenerateRequest:
+                self.threads.append(threading.current_thread())
+                if threading.current_thread() is not threading.main_thread():
+                    self.proceed.wait()
+            return parse(incoming, kind)
+
+        monkeypatch.setattr(Incoming, "parse", slowly)
+
+
+LARGE: Json = {"id": "large", "messages": [{"role": "user", "content": "x" * LARGE_REQUEST_BYTES}]}
+
+
+async def test_a_large_request_is_parsed_beside_others(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsing = SlowToParse(monkeypatch)
+    one.core.context = 2**20
+    answer = await one.client.send(LARGE)
+    await eventually(lambda: parsing.threads)
+    await one.is_served()
+    parsing.proceed.set()
+    assert (await end_in(answer))["type"] == "done"
+    is_main = [thread is threading.main_thread() for thread in parsing.threads]
+    assert is_main == [False, True]
+
+
+async def test_a_large_request_is_cancelled_while_it_is_parsed(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsing = SlowToParse(monkeypatch)
+    answer = await one.client.send(LARGE)
+    await eventually(lambda: parsing.threads)
+    await one.cancel(id="large", inbox="_INBOX.eve")
+    await one.cancel(id="other", inbox=answer.subject)
+    await one.cancel(id="large", inbox=answer.subject)
+    await eventually(lambda: [found.early_cancels for found in one.api._answers] == [["other", "large"]])
+    parsing.proceed.set()
+    message = await end_in(answer)
+    assert (message["id"], error_of(message)["code"]) == ("large", "cancelled")
+    assert one.core.calls == []
+    assert len(one.open_answers) == 0
+
+
+async def test_a_large_request_that_is_wrong(one: Served) -> None:
+    [message] = await one.client.answer({**LARGE, "max_token": 1})
+    assert error_of(message)["param"] == "max_token"
+    assert one.core.calls == []
+
+
+async def test_tokenising_counts_against_the_deadline(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def endlessly(text: str, *, max_tokens: int) -> list[int]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(nats_api, "GRACE_S", 0.1)
+    monkeypatch.setattr(one.tokenizer, "encode", endlessly)
+    assert error_of(await one.end_of({"prompt": "x", "timeout_s": 0.1}))["code"] == "deadline_exceeded"
+    assert one.core.calls == []
+
+
+async def test_limits_are_those_of_the_http_api(one: Served) -> None:
+    most: Json = {
+        "prompt": "x",
+        "stop": ["s" * 1024] * 16,
+        "stop_token_ids": list(range(1024)),
+        "logit_bias": {str(number): 1 for number in range(1024)},
+    }
+    assert (await one.end_of(most))["type"] == "done"
+    over: Json = {
+        "stop": ["s"] * 17,
+        "stop_token_ids": list(range(1025)),
+        "logit_bias": {str(number): 1 for number in range(1025)},
+    }
+    for field, value in over.items():
+        error = error_of(await one.end_of({**most, field: value}))
+        assert error["param"] == field
+        with pytest.raises(InvalidRequest) as over_http:
+            parse_request(CompletionRequest, json.dumps({"model": MODEL, **most, field: value}).encode(), {})
+        assert error["message"] == over_http.value.message
+    messages = [{"role": "user", "content": "a"}] * 10_001
+    error = error_of(await one.end_of({"messages": messages}))
+    assert (error["param"], "10000 messages at most" in str(error["message"])) == ("messages", True)

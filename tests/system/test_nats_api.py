@@ -153,9 +153,13 @@ async def test_an_id_that_is_in_use(system: System, client: NatsClient) -> None:
     endless: Json = {"id": "taken", "prompt": "x", "max_tokens": 4000, "ignore_eos": True}
     first = await client.send(endless)
     assert (await next_message(first))["type"] == "chunk"
-    [refused] = await client.answer(endless)
-    assert refused["error"]["code"] == "invalid_request"  # type: ignore[index]
-    assert refused["error"]["param"] == "id"  # type: ignore[index]
+    await client.connection.publish("pdserve.v1.generate", json.dumps(endless).encode(), reply=first.subject)
+    while (rejected := await next_message(first))["type"] == "chunk":
+        pass
+    assert rejected["error"]["code"] == "invalid_request"  # type: ignore[index]
+    assert rejected["error"]["param"] == "id"  # type: ignore[index]
+    other = await client.answer({**endless, "max_tokens": 3})
+    assert other[-1]["type"] == "done", "ids of another inbox do not matter"
     await client.connection.publish("pdserve.v1.cancel", b'{"id": "taken"}')
     await client.connection.publish("pdserve.v1.cancel", b'{"id": "taken", "inbox": "_INBOX.another"}')
     assert (await client.answer({"prompt": "x", "max_tokens": 3}))[-1]["type"] == "done"
