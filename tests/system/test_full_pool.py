@@ -15,7 +15,7 @@ NUM_TOKENS = 150
 
 def test_a_full_pool_loses_and_changes_nothing(start_system: Callable[..., System]) -> None:
     """A pool of about 200 tokens serves six requests of 170 tokens each, which are accepted for 32 tokens at a time.
-    The one that came first is never given up.
+    The one that came first is never preempted.
     """
     settings = {"kv_pool_bytes": 2**20, "decode_reserve_tokens": 32, "lease_s": 2.0}
     system = start_system(settings=settings)
@@ -31,9 +31,9 @@ def test_a_full_pool_loses_and_changes_nothing(start_system: Callable[..., Syste
         first.read(1)
         answers = asyncio.run(others())
         assert [first.read(), *map(token_ids, answers)] == alone
-    given_up = re.findall(r"request (\S+)\.\d+ is given up: the KV pool is full", log_of(system))
-    assert given_up
-    assert first.request_id not in given_up
+    preempted = re.findall(r"Request (\S+)\.\d+ has failed here: the KV pool is full", log_of(system))
+    assert preempted
+    assert first.request_id not in preempted
     system.wait_until_nothing_is_held()
 
 
