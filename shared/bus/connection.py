@@ -322,12 +322,15 @@ class Bus:
             self._client = new
             for subscribed in list(self._subscribed):
                 await self._renew_subscription(subscribed)
+            await self.flush()
         except BaseException:
             await _close(new)  # `watch` finds a closed client, and replaces it in turn
             raise
-        await self.flush()
-        self._on_reconnected()
-        await _close(old)
+        else:
+            self._on_reconnected()
+        finally:
+            if self._client is new:
+                await _close(old)
 
     async def _renew_subscription(self, subscribed: _Subscribed) -> None:
         """Subscribes at the present client, unless that was done, or it is closed and about to be replaced."""

@@ -16,6 +16,8 @@ from shared.errors import MessageTooLarge
 from shared.messages.generate_api import GenerateChunk
 from tests.harness import eventually, free_port
 
+INBOX = "_INBOX.client"
+
 
 class Sender:
     """An inbox, and what became of it."""
@@ -34,7 +36,7 @@ class Sender:
 @asynccontextmanager
 async def sender(nats_url: str) -> AsyncIterator[Sender]:
     async with connection.connect(nats_url, name="g", timeout_s=5.0) as bus:
-        made = Sender(bus, ReplyInbox(bus, "inbox", "reported.r", lambda: made.gone.set()))
+        made = Sender(bus, ReplyInbox(bus, INBOX, "reported.r", lambda: made.gone.set()))
 
         async def on_report(incoming: Incoming) -> None:
             if incoming.is_no_responders:
@@ -57,7 +59,7 @@ async def listening(nats_url: str) -> AsyncIterator[list[int]]:
         heard.append(incoming.parse(GenerateChunk).index)
 
     async with connection.connect(nats_url, name="client", timeout_s=5.0) as bus:
-        await bus.subscribe("inbox", hear)
+        await bus.subscribe(INBOX, hear)
         yield heard
 
 
@@ -71,7 +73,7 @@ async def test_a_restart_of_the_bus_loses_a_slow_client_nothing(servers: Servers
         heard.append(json.loads(message.data)["index"])
 
     client = await nats.connect(url, reconnect_time_wait=2)
-    await client.subscribe("inbox", cb=hear)
+    await client.subscribe(INBOX, cb=hear)
     await client.flush()
     async with sender(url) as one:
         await one.send(10)
