@@ -1,4 +1,4 @@
-"""Which gateways are dead: nobody answers for them, and their heartbeat stands still. A reconnecting one is not dead."""
+"""Which gateways are dead: nobody answers for them, and their heartbeat stands still. Not one that only reconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator
