@@ -97,10 +97,10 @@ class ReplyInbox:
 
     def on_no_responders(self, index: int) -> None:
         """Handles NATS' report that nobody was subscribed when message `index` was sent."""
-        if time.monotonic() - self._reconnected_at > CLIENT_RETURNS_S:
-            self._end()
-        else:
+        if self._client_may_return:
             self._send_again_from(index)
+        else:
+            self._end()
 
     def bus_reconnected(self) -> None:
         """Sends again what may have been lost with the connection, of which NATS reports nothing."""
@@ -119,6 +119,11 @@ class ReplyInbox:
         """Whether no message of the last `IN_FLIGHT_S` could be asked for again."""
         self._drop_received(time.monotonic())
         return not self._kept
+
+    @property
+    def _client_may_return(self) -> bool:
+        # NATS may report what was sent with a reconnect before this process knows that it is connected again.
+        return not self._bus.connected or time.monotonic() - self._reconnected_at <= CLIENT_RETURNS_S
 
     @property
     def _first_kept(self) -> int:
@@ -153,7 +158,7 @@ class ReplyInbox:
             while self._first_lost is not None or position < self._num_sent:
                 if self._first_lost is not None:
                     await asyncio.sleep(SEND_AGAIN_S)
-                    if time.monotonic() - self._reconnected_at > CLIENT_RETURNS_S:
+                    if not self._client_may_return:
                         self._end()
                         return
                     position, self._first_lost = self._first_lost, None
