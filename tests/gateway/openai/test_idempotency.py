@@ -345,7 +345,7 @@ async def test_a_retry_after_a_restart_on_the_same_port_is_computed_again(
     """The record of the process that was killed is still there, under the address of this one."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    async with registry.connect(redis_url, ttl_s=5.0, timeout_s=10.0) as records:
+    async with registry.connect(redis_url, ttl_s=60.0, timeout_s=10.0) as records:
         for gateway_id in ("killed", "restarted"):
             await records.write_gateway(record_of(gateway_id, address))
         before, now = (
