@@ -19,6 +19,8 @@ def main() -> None:
         sys.exit(code)
     except PDServeError as error:
         sys.exit(f"pdserve: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         # Whoever read us has had enough (`pdserve status | head`); python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -46,12 +47,14 @@ class Forked:
         if self._lifeline is not None:
             self._lifeline.close()
         theirs, self._lifeline = self.context.Pipe(duplex=False)
-        self._process = self.context.Process(
+        process = self.context.Process(
             target=_run_instance,
             args=(dict(self.settings), str(self.log), environment_of({}), theirs),
             name=self.name,
         )
-        self._process.start()
+        with _interrupts_ignored():
+            process.start()
+        self._process = process
         theirs.close()
 
     def terminate(self) -> None:
@@ -61,6 +64,19 @@ class Forked:
     def kill(self) -> None:
         if self._process:
             self._process.kill()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Lets a fork server that is started meanwhile ignore Ctrl-C, also while it imports torch: this process ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _run_instance(settings: dict[str, object], log: str, environment: dict[str, str], lifeline: Connection) -> None:

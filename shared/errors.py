@@ -38,6 +38,7 @@ from pydantic_core import ErrorDetails
 RETRY_AFTER_S = 1.0
 """After which a client may try again that met no free slot, or nobody."""
 
+_JSON_NAMES = {"None": "null", "True": "true", "False": "false"}
 MAX_SHOWN_CHARS = 60
 MAX_MESSAGE_CHARS = 2000
 """A longer error text is cut, since it may quote a request."""
@@ -250,8 +251,10 @@ def _sentence(found: ErrorDetails, param: str) -> str:
     if found["type"] == "json_invalid":
         return f"This is not JSON: {message.removeprefix('Invalid JSON: ')}."
     if not param:
-        return f"The request {message[0].lower()}{message[1:]}."
-    shown = repr(found["input"])
+        return f"The request cannot be read: {message[0].lower()}{message[1:]}."
+    if found["type"] == "too_short":
+        return f"`{param}` is too short: it needs at least {found['ctx']['min_length']} items."
+    shown = _JSON_NAMES.get(repr(found["input"]), repr(found["input"]))
     if len(shown) > MAX_SHOWN_CHARS:
         shown = f"{shown[:MAX_SHOWN_CHARS]}..."
     return f"`{param}`: {message[0].lower()}{message[1:]}, but it is {shown}."

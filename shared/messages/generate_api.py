@@ -13,7 +13,7 @@ from shared.sampling import FinishReason
 class ApiMessage(BaseModel):
     """A message of the public request API: unknown fields are rejected, so that a misspelt one is noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class ChatMessage(ApiMessage):

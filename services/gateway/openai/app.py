@@ -87,7 +87,9 @@ async def _reject(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         raise MethodNotAllowed(f"{request.url.path} does not take {request.method}: use {allow}.", allow=allow)
-    raise PathNotFound(f"There is no {request.url.path} here: see /v1/models, /health/ready, /metrics.")
+    raise PathNotFound(
+        f"There is no {request.url.path} here: the API is at /v1/chat/completions, /v1/completions and /v1/models."
+    )
 
 
 def http_server_config(
