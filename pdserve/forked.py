@@ -4,9 +4,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -52,8 +52,8 @@ class Forked:
             args=(dict(self.settings), str(self.log), environment_of({}), theirs),
             name=self.name,
         )
-        with _interrupts_ignored():
-            process.start()
+        _ensure_fork_server()
+        process.start()
         self._process = process
         theirs.close()
 
@@ -66,17 +66,16 @@ class Forked:
             self._process.kill()
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Lets a fork server that is started meanwhile ignore Ctrl-C, also while it imports torch: this process ends it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ensure_fork_server() -> None:
+    """Starts the fork server if it does not run, with SIGINT blocked: a Ctrl-C would end it while it imports torch.
+
+    This process hears of a Ctrl-C at once, and ends the fork server by its pipe.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_instance(settings: dict[str, object], log: str, environment: dict[str, str], lifeline: Connection) -> None:

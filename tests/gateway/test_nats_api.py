@@ -547,7 +547,7 @@ async def test_clients_may_choose_the_same_id(one: Served) -> None:
     assert (error["code"], error["param"]) == ("invalid_request", "id")
     await one.cancel(id="same", inbox=answers[0].subject)
     assert error_of(await end_in(answers[0]))["code"] == "cancelled"
-    assert not one.core.calls[1].is_closed
+    assert [call.is_closed for call in one.core.calls].count(True) == 1  # the two may have arrived in either order
     await one.cancel(id="same", inbox=answers[1].subject)
     assert error_of(await end_in(answers[1]))["code"] == "cancelled"
 

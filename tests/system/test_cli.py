@@ -300,13 +300,3 @@ def test_an_instance_that_dies_is_started_again(start_up: Callable[..., Up]) -> 
 
 def test_version(tmp_path: Path) -> None:
     assert run("--version", folder=tmp_path).stdout.startswith("pdserve 0.")
-
-
-@pytest.mark.parametrize("words", ["NATS at", "loading "])
-def test_control_c_while_it_starts_ends_it_in_order(start_up: Callable[..., Up], words: str) -> None:
-    """The fork server imports torch at that time, in the process group that the terminal interrupts."""
-    starting = start_up().wait_for(words)
-    starting.control_c()
-    assert starting.ended() == 0
-    assert "Traceback" not in starting.said
-    assert starting.said.rstrip().endswith("ended")
