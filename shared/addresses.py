@@ -24,14 +24,14 @@ class Credentials:
 
 
 def shown(url: str) -> str:
-    """A URL as it may be shown: without user, password and query, even if it cannot be parsed."""
+    """Returns a URL as it may be shown: without user, password and query, even if it cannot be parsed."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url)
     start = scheme[0] if scheme else ""
     return start + url.removeprefix(start).rpartition("@")[2].partition("?")[0]
 
 
 def resolved(url: str) -> str:
-    """The URL that a file contains, for one like `file:///run/secrets/nats-url`; any other URL itself.
+    """Returns the URL that a file contains, for one like `file:///run/secrets/nats-url`; any other URL itself.
 
     Raises:
         ValueError: the file cannot be read.
@@ -70,7 +70,7 @@ def credentials(url: str) -> Credentials:
 
 
 def advertised(host: str) -> str:
-    """Where others reach a server that listens on `host`: there, or for a wildcard (0.0.0.0) at this machine's address.
+    """Returns where others reach a server that listens on `host`: there, or for 0.0.0.0 at this machine's address.
 
     That is its address towards the default route, or where there is none, its name.
     """

@@ -113,7 +113,7 @@ class GatewayDeaths:
             await end_orphans(self._bus, self._open_answers, gateway_id)
 
     async def _is_absent(self, gateway_id: str) -> bool:
-        """Whether nobody is subscribed to a gateway's subject; False while this gateway has no connection itself."""
+        """Returns whether a gateway's subject has no subscriber; False while this gateway is not connected itself."""
         try:
             ping = Ping(sender_id=self._id)
             await self._bus.request(subjects.gateway(gateway_id, "ping"), ping, Pong, timeout_s=PING_TIMEOUT_S)

@@ -78,7 +78,7 @@ class RequestError(PDServeError):
 
     @property
     def body(self) -> ErrorBody:
-        """The error as it travels; text and field name have bounded lengths."""
+        """Returns the error as it travels; text and field name have bounded lengths."""
         return ErrorBody(
             code=self.code,
             message=shortened(self.message, MAX_MESSAGE_CHARS),
@@ -226,12 +226,12 @@ def shortened(text: str, max_chars: int) -> str:
 
 
 def gateway_is_ending() -> NoInstance:
-    """What a request is told that outlasts its gateway."""
+    """Returns the error for a request that outlasts its gateway."""
     return NoInstance("This gateway is ending: send the request again.", retry_after_s=RETRY_AFTER_S)
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first of pydantic's findings, in one sentence that names the field."""
+    """Returns the first of pydantic's findings, in one sentence that names the field."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     if field := first.get("ctx", {}).get("field"):

@@ -40,7 +40,7 @@ class PrefixAffinity:
         return len(self._pairs)
 
     def __contains__(self, instance_id: str) -> bool:
-        """Whether any block of this instance is remembered."""
+        """Returns whether any block of this instance is remembered."""
         return instance_id in self._keys_of
 
     def remember(self, instance_id: str, keys: Sequence[int]) -> None:
@@ -79,7 +79,7 @@ class PrefixAffinity:
             self._remove(key, instance_id)
 
     def _num_known(self, keys: Sequence[int]) -> int:
-        """The number of leading blocks that any instance has."""
+        """Returns the number of leading blocks that any instance has."""
         return next((count for count, key in enumerate(keys) if key not in self._instances_with), len(keys))
 
     def _remove(self, key: int, instance_id: str) -> None:

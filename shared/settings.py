@@ -107,13 +107,13 @@ class GatewaySettings(ModelSettings):
 
     @property
     def local_address(self) -> str:
-        """Where a client on this machine finds the HTTP API."""
+        """Returns the URL at which a client on this machine finds the HTTP API."""
         host = "127.0.0.1" if self.http_host in ("0.0.0.0", "::") else self.http_host
         return f"http://{host}:{self.http_port}"
 
     @property
     def watched_group_names(self) -> frozenset[str]:
-        """The names in `watch_groups`; empty for all groups."""
+        """Returns the names in `watch_groups`; empty for all groups."""
         return frozenset(name.strip() for name in self.watch_groups.split(",") if name.strip())
 
     @property
@@ -246,7 +246,7 @@ def adopt_environment(environment: Mapping[str, str]) -> None:
 
 
 def given(name: str) -> str | None:
-    """What the environment says for a setting, if anything."""
+    """Returns the environment's value of a setting, or None."""
     return os.environ.get(PREFIX + name.upper())
 
 
@@ -259,7 +259,7 @@ def tame_threads() -> None:
 
 
 def tracing_endpoint_is_set() -> bool:
-    """Whether the standard OpenTelemetry variables ask for traces."""
+    """Returns whether the standard OpenTelemetry variables ask for traces."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
         return False
     return bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))

@@ -170,12 +170,12 @@ class Groups:
 
     @property
     def finds_scenarios(self) -> bool:
-        """Whether requests that name no scenario are to be labelled."""
+        """Returns whether requests that name no scenario are to be labelled."""
         return self._default.map.finds_scenarios
 
     @property
     def lost(self) -> Collection[str]:
-        """The ids of instances that were marked as lost and are not back yet."""
+        """Returns the ids of instances that were marked as lost and are not back yet."""
         return self._lost.keys()
 
     def named(self, name: str) -> Group | None:
@@ -247,7 +247,7 @@ class Groups:
         return not self._own_names or name in self._own_names or declared_name(name) in self._own_names
 
     def _needed(self, new_maps: Iterable[GroupMap] = ()) -> set[str]:
-        """The instances to watch: members, those with open requests, and those whose caches are remembered."""
+        """Returns the instances to watch: members, those with open requests, and those whose caches are remembered."""
         maps = [*self._maps.values(), *new_maps]
         needed = {member.instance_id for one in maps for member in one.members} | set(self._watched())
         others = set(self._instances.ids) - needed

@@ -55,7 +55,7 @@ class GroupLatencies:
         self.handoff_s.observe(max(0.0, first_gap_s - second_gap_s))
 
     def is_quicker_at_decode(self, num_tokens: int, num_rows: int) -> bool:
-        """Whether a decode instance with `num_rows` requests should compute a prompt of `num_tokens` new tokens.
+        """Returns whether a decode instance with `num_rows` requests should prefill `num_tokens` new tokens.
 
         Computing takes as long as at prefill. It saves the wait for a prefill slot and the handoff, but all rows wait
         for the prompt. One in `MEASURE_EVERY` prompts goes to prefill nevertheless.

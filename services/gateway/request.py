@@ -153,7 +153,7 @@ class Request:
 
     @property
     def has_started(self) -> bool:
-        """Whether the client has a token already."""
+        """Returns whether the client has a token already."""
         return len(self.token_ids) > len(self.prompt_token_ids)
 
     @property

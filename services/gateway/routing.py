@@ -57,7 +57,7 @@ class Waiting:
 
     @property
     def due(self) -> tuple[int, float, float]:
-        """The sort key of service without regard to time: priority, deadline, arrival."""
+        """Returns the sort key of service without regard to time: priority, deadline, arrival."""
         if self.priority != INTERACTIVE:
             return (self.priority, self.arrived_at, self.arrived_at)
         by = self.first_token_by
@@ -120,7 +120,7 @@ class _Timeline:
         heapify(self._heap)
 
     def earliest(self) -> float:
-        """When the first instance is free."""
+        """Returns when the first instance is free."""
         while self._heap[0][0] != self._free_at[self._heap[0][1]]:
             heappop(self._heap)  # an entry from before `take_back`
         return self._heap[0][0]
@@ -138,7 +138,7 @@ class _Timeline:
 
 
 def is_hopeless(waiting: Waiting, now: float, starts_in_s: float = 0.0) -> bool:
-    """Whether a request would certainly miss its deadline if it started in `starts_in_s`: it can be shed.
+    """Returns whether a request would certainly miss its deadline if it started in `starts_in_s`: it can be shed.
 
     Never for requests that have started, batch requests, and those without an objective.
     """
@@ -148,7 +148,7 @@ def is_hopeless(waiting: Waiting, now: float, starts_in_s: float = 0.0) -> bool:
 
 
 def hopeless_at(waiting: Waiting) -> float:
-    """When the request becomes hopeless if it has not started; infinity for those that never do."""
+    """Returns when the request becomes hopeless if it has not started; infinity for those that never do."""
     if waiting.priority != INTERACTIVE or waiting.first_token_by is None:
         return inf
     return waiting.first_token_by - waiting.expected_s / ESTIMATE_ERROR
@@ -210,14 +210,14 @@ def candidates(
 
 
 def can_decode(fingerprint: str | None, num_tokens: int, instance: InstanceRecord) -> bool:
-    """Whether `instance` can continue from KV made under `fingerprint` (weights, dtype, layout) to `num_tokens`."""
+    """Returns whether `instance` can continue to `num_tokens` from KV of `fingerprint` (weights, dtype, layout)."""
     return instance.fingerprint == fingerprint and num_tokens <= instance.max_model_len
 
 
 def can_prefill(
     fingerprint: str | None, num_tokens: int, decode_limits: Mapping[str, int], instance: InstanceRecord
 ) -> bool:
-    """Whether `instance` can start a request that a decode instance can continue to `num_tokens` tokens.
+    """Returns whether `instance` can start a request that a decode instance can continue to `num_tokens` tokens.
 
     Args:
         fingerprint: a request that has started keeps its fingerprint; before that it is None.

@@ -71,7 +71,7 @@ class ClientAnswers:
 
     @property
     def num_open(self) -> int:
-        """Those that are not finished."""
+        """Returns the answers that are not finished."""
         return len(self._answers) - len(self._finished)
 
     def get(self, key: str) -> Answer | None:

@@ -64,18 +64,18 @@ class Incoming:
 
     @property
     def reply_to(self) -> str:
-        """Where the sender expects an answer; empty if it expects none, or names a subject that is no inbox."""
+        """Returns the inbox where the sender expects an answer; empty if it expects none or names no inbox."""
         reply = self._msg.reply
         return reply if subjects.is_inbox(reply) else ""
 
     @property
     def num_bytes(self) -> int:
-        """The size of the message without its headers."""
+        """Returns the size of the message without its headers."""
         return len(self._msg.data)
 
     @property
     def is_no_responders(self) -> bool:
-        """Whether NATS reports here that a message, sent with this subject as its reply, had no subscriber."""
+        """Returns whether NATS reports here that a message, sent with this subject as its reply, had no subscriber."""
         return self.headers.get(STATUS) == NO_RESPONDERS and not self._msg.data
 
     @property
@@ -83,7 +83,7 @@ class Incoming:
         return propagate.extract(self.headers)
 
     def parse(self, kind: type[AnyModel]) -> AnyModel:
-        """The message as a `kind`.
+        """Returns the message as a `kind`.
 
         Raises:
             InvalidRequest: it is none; the text names the first invalid field.
@@ -134,12 +134,12 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands. False after a loss until the `on_reconnect` callbacks have been called."""
+        """Returns whether the connection stands; after a loss only once the `on_reconnect` callbacks were called."""
         return self._client.is_connected and not self._is_away
 
     @property
     def max_payload(self) -> int:
-        """The largest message in bytes, headers included, that the server accepts."""
+        """Returns the largest message in bytes, headers included, that the server accepts."""
         return self._client.max_payload
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
@@ -397,7 +397,7 @@ async def connect(url: str, *, name: str, timeout_s: float) -> AsyncIterator[Bus
 
 
 def inbox_prefix(user: str | None) -> str:
-    """The prefix of a user's reply inboxes. A user of the accounts may subscribe to no others."""
+    """Returns the prefix of a user's reply inboxes. A user of the accounts may subscribe to no others."""
     return f"_INBOX.{re.sub(r'[^A-Za-z0-9_-]', '_', user)}" if user else "_INBOX"
 
 

@@ -83,7 +83,7 @@ class TolerantParser(Parser):
 
 
 def _sizes(words: list[bytes]) -> tuple[int, int]:
-    """The size of a message with its headers, and that of the headers, in bytes."""
+    """Returns the size of a message with its headers, and that of the headers, in bytes."""
     try:
         num_bytes = int(words[-1])
         num_header_bytes = int(words[-2]) if words[0] == b"HMSG" else 0
@@ -114,18 +114,18 @@ class TolerantClient(Client):
 
     @property
     def has_stopped(self) -> bool:
-        """Whether it takes itself for connected, but nothing is read or written any more."""
+        """Returns whether the client takes itself for connected, but reads and writes nothing any more."""
         tasks = (self._reading_task, self._flusher_task)
         return self.is_connected and any(task is None or task.done() for task in tasks)
 
     @property
     def is_lost(self) -> bool:
-        """Whether it is not connected, and nothing tries to change that."""
+        """Returns whether the client is not connected, and nothing tries to reconnect it."""
         is_reconnecting = self._reconnection_task is not None and not self._reconnection_task.done()
         return not self.is_connected and not is_reconnecting
 
     def is_worth_a_report(self) -> bool:
-        """Whether a sender's fault may be logged now: once in `REPORT_EVERY_S`, so that nobody can flood the log."""
+        """Returns whether a sender's fault may be logged now: once in `REPORT_EVERY_S`, to bound the log."""
         now = time.monotonic()
         if now - self._reported_at < REPORT_EVERY_S:
             return False

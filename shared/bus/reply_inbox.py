@@ -69,7 +69,7 @@ class ReplyInbox:
 
     @property
     def index(self) -> int:
-        """The index of the next message."""
+        """Returns the index of the next message."""
         return self._num_sent
 
     @property
@@ -116,7 +116,7 @@ class ReplyInbox:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no message of the last `IN_FLIGHT_S` could be asked for again."""
+        """Returns whether no message of the last `IN_FLIGHT_S` could be asked for again."""
         self._drop_received(time.monotonic())
         return not self._kept
 

@@ -28,7 +28,7 @@ GATEWAYS = "gateways"
 
 
 def instance(instance_id: str, verb: str) -> str:
-    """The subject of one verb of an instance.
+    """Returns the subject of one verb of an instance.
 
     Verbs: `prefill`, `decode`, `start`, `cancel`, `ping`, `assign`, and `gone.<gateway id>` (`gone`). All arrive over
     one subscription (`instance(id, ">")`), so a cancel never overtakes its request.
@@ -37,7 +37,7 @@ def instance(instance_id: str, verb: str) -> str:
 
 
 def gateway(gateway_id: str, verb: str) -> str:
-    """The subject of one verb of a gateway, or of a controller while it sends a canary request.
+    """Returns the subject of one verb of a gateway, or of a controller while it sends a canary request.
 
     Verbs: `prefilled`, `tokens`, `moved`, `failed`, `slot_freed`, `ping`, and `gone.<request>.<index>` (`gone`).
     """
@@ -45,21 +45,21 @@ def gateway(gateway_id: str, verb: str) -> str:
 
 
 def admin(verb: str) -> str:
-    """An operator's request to the leading controller (`pdserve flip` and the like)."""
+    """Returns the subject of an operator's request to the leading controller (`pdserve flip` and the like)."""
     return f"{PREFIX}.admin.{verb}"
 
 
 def gone(key: str) -> str:
-    """The verb under which NATS reports to a sender (503, no responders) that nobody is subscribed to `key`."""
+    """Returns the verb under which NATS reports to a sender (503, no responders) that nobody is subscribed to `key`."""
     return f"gone.{key}"
 
 
 def verb_and_key(subject: str) -> tuple[str, str]:
-    """The verb of a subject of `instance` or `gateway`, and the key behind it, if any."""
+    """Returns the verb of a subject of `instance` or `gateway`, and the key behind it, if any."""
     tokens = subject.split(".")
     return tokens[4], ".".join(tokens[5:])
 
 
 def is_inbox(subject: str) -> bool:
-    """Whether a client may receive answers there, as at every subject that a NATS library makes for replies."""
+    """Returns whether a client may receive answers there, as at every subject that a NATS library makes for replies."""
     return subject.startswith(INBOX_PREFIX)

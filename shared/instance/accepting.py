@@ -60,11 +60,11 @@ class AcceptingRole(Role):
 
     @abstractmethod
     def _is_prompt(self, ask: Ask) -> bool:
-        """Whether the prompt of a request would be computed here."""
+        """Returns whether the prompt of a request would be computed here."""
 
     @abstractmethod
     def _is_valid(self, ask: Ask) -> bool:
-        """Whether the figures of a request fit the model."""
+        """Returns whether the figures of a request fit the model."""
 
     @abstractmethod
     def _num_to_generate(self, ask: Ask) -> int:
@@ -216,7 +216,7 @@ class AcceptingRole(Role):
         return self._block_rejection(request.request_id, request.arrived_at, request.needs) is None
 
     def _can_compute(self, num_prompt_tokens: int) -> bool:
-        """Whether so many prompt tokens may be accepted; always if a request has none."""
+        """Returns whether so many prompt tokens may be accepted; always if a request has none."""
         return num_prompt_tokens == 0 or can_start_next(num_prompt_tokens, self._tokens_free(), self._num_uncomputed())
 
     def _tokens_free(self) -> int:

@@ -79,7 +79,7 @@ def tokens_free(max_uncomputed_tokens: int, num_decode_rows: int, num_uncomputed
 
 
 def can_start_next(num_prompt_tokens: int, num_tokens_free: int, num_uncomputed_tokens: int) -> bool:
-    """Whether a prompt may be accepted: it begins in the next step, and delays no prompt that shares the step.
+    """Returns whether a prompt may be accepted: it begins in the next step, and delays no prompt that shares the step.
 
     It may if the next step has no other prompt, or if it fits into that as a whole. Prompts that share a step get their
     first tokens at its end, so the beginning of a long prompt would delay those before it, and gain little itself. In
@@ -121,7 +121,7 @@ def block_rejection(needs: BlockNeeds, supply: BlockSupply) -> RejectionReason |
 
 
 def has_room(needs: BlockNeeds, supply: BlockSupply) -> bool:
-    """Whether a request may have blocks of those that are free."""
+    """Returns whether a request may have blocks of those that are free."""
     return min_free_blocks(needs, supply) <= supply.free
 
 
@@ -140,7 +140,7 @@ def min_free_blocks(needs: BlockNeeds, supply: BlockSupply) -> int:
 def costs_nothing(
     younger: BlockNeeds, oldest: BlockNeeds, supply: BlockSupply, releases: Sequence[int], step_blocks: int
 ) -> bool:
-    """Whether accepting a request does not delay an older one that was rejected for lack of blocks.
+    """Returns whether accepting a request does not delay an older one that was rejected for lack of blocks.
 
     It does not in three cases: it takes no block; or the older one still has its blocks after it; or the older one has
     to wait for one certain request, the largest, and has its blocks as soon as that is released, with or without it.

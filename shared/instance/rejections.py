@@ -38,7 +38,7 @@ class RejectedRequest:
 
     @property
     def request(self) -> str:
-        """The request, whichever attempt it is."""
+        """Returns the request, whichever attempt it is."""
         return _request_of(self.request_id)
 
 

@@ -90,7 +90,7 @@ class KVFetcher:
 
 
 async def check_path(host: str, port: int, timeout_s: float) -> None:
-    """Whether a holder answers there in our protocol, asked for a lease that nobody has.
+    """Returns whether a holder answers there in our protocol, asked for a lease that nobody has.
 
     Raises:
         TransferFailed: nobody does.
@@ -119,7 +119,7 @@ async def _connect(peer: tuple[str, int], timeout_s: float) -> socket.socket:
 
 
 def _is_open(connection: socket.socket) -> bool:
-    """Whether an idle connection is still there: an idle peer has nothing to say, so a readable one has been closed."""
+    """Returns whether an idle connection is open: an idle peer sends nothing, so a readable one has been closed."""
     try:
         connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:

@@ -32,7 +32,7 @@ MAX_CHOSEN_TOKENS = 1024
 
 
 def fault(message: str, field: str = "") -> PydanticCustomError:
-    """What is wrong with a value, or with a field of it: the rest of a sentence that begins with its name."""
+    """Says what is wrong with a value, or with a field of it: the rest of a sentence that begins with its name."""
     # The message goes in as a value, as braces in it would be taken for fields of a template.
     return PydanticCustomError("request", "{message}", {"message": message, "field": field})
 

@@ -37,7 +37,7 @@ class Heartbeat:
 
     @property
     def identity(self) -> tuple[float, int]:
-        """What changes whenever the whole record is worth reading."""
+        """Returns what changes whenever the whole record is worth reading: start time and state version."""
         return (self.started_at, self.state_version)
 
     @classmethod

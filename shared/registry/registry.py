@@ -176,7 +176,7 @@ class Registry:
     async def _all(
         self, parse: Callable[[str], AnyRecord], members: str, key_of: Callable[[str], str]
     ) -> list[AnyRecord]:
-        """The records of a set's members, by id. Members whose record has expired leave the set."""
+        """Returns the records of a set's members, by id. Members whose record has expired leave the set."""
         [names] = await self.run(lambda pipe: pipe.smembers(members))
         ordered = sorted(names)
         texts = await self._texts(key_of, ordered)

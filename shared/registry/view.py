@@ -67,5 +67,5 @@ class View(Generic[AnyBeating]):
         return {name: one.record for name, one in self.seen.items() if not self.is_late(one)}
 
     def _has_ended(self, one: Seen[AnyBeating], now: float) -> bool:
-        """Whether one that has vanished can be dropped: it said that it would end, or has been late for long."""
+        """Returns whether a vanished instance can be dropped: it said that it would end, or has been late for long."""
         return one.record.state == "draining" or now - one.moved_at > 5 * self.late_after_s

@@ -74,7 +74,7 @@ def _entries(config: JSONObject, path: Path) -> dict[int, _TokenEntry]:
 
 
 def _named_special_tokens(config: JSONObject) -> dict[str, _TokenEntry]:
-    """The special tokens that have a name, and the further ones of `additional_special_tokens`; by content."""
+    """Returns the special tokens that have a name, and the further ones of `additional_special_tokens`; by content."""
     further = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     values = [*map(config.get, SPECIAL_TOKENS), *(further if isinstance(further, list) else [])]
     named = {}

@@ -37,7 +37,7 @@ class ChatTemplate:
 
     @classmethod
     def read(cls, folder: Path, special_tokens: Mapping[str, str]) -> "ChatTemplate":
-        """The template in chat_template.jinja, or else in tokenizer_config.json, where it may be one of several."""
+        """Returns the template of chat_template.jinja, or else of tokenizer_config.json, which may have several."""
         source = read_text(folder / "chat_template.jinja")
         if source is None:
             source = _default_of(read_object(folder / "tokenizer_config.json").get("chat_template"))

@@ -14,7 +14,7 @@ JSONObject: TypeAlias = "dict[str, JSONValue]"
 
 
 def resolve_model(model: str) -> Path:
-    """The folder with the model's tokenizer and configuration.
+    """Returns the folder with the model's tokenizer and configuration.
 
     Args:
         model: a local folder, which never touches the network, or a hub id such as `Qwen/Qwen3-0.6B`.
@@ -57,7 +57,7 @@ def _download(model: str) -> Path:
 
 
 def read_text(path: Path) -> str | None:
-    """The file's text, or None if there is no such file.
+    """Returns the file's text, or None if there is no such file.
 
     Raises:
         ModelRefused: it is not UTF-8.
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str | None:
 
 
 def read_object(path: Path) -> JSONObject:
-    """The JSON object in a file; an empty one if there is no such file.
+    """Returns the JSON object in a file; an empty one if there is no such file.
 
     Raises:
         ModelRefused: it is not a JSON object.

@@ -30,7 +30,7 @@ async def read_request(
 
 
 async def _read_prompt(request: GenerateRequest, tokenizer: Tokenizer, max_model_len: int) -> tuple[str, list[int]]:
-    """The field with the prompt, and its tokens."""
+    """Returns the field with the prompt, and its tokens."""
     given = [name for name in ("prompt", "prompt_token_ids", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(

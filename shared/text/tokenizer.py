@@ -46,7 +46,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model: str) -> "Tokenizer":
-        """The tokenizer of a local folder or a hub id; see `resolve_model`."""
+        """Returns the tokenizer of a local folder or a hub id; see `resolve_model`."""
         return cls(resolve_model(model))
 
     @property
@@ -112,7 +112,7 @@ class Tokenizer:
             )
 
     def _eos_token_ids(self, configured: Sequence[int]) -> tuple[int, ...]:
-        """The end tokens of all files that the model can generate at all."""
+        """Returns the end tokens of all files that the model can generate at all."""
         own = self._backend.token_to_id(self.special_tokens.get("eos_token", ""))
         named = tuple(dict.fromkeys([*configured, *([] if own is None else [own])]))
         outside = [token_id for token_id in named if not 0 <= token_id < self.vocab_size]

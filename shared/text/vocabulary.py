@@ -32,7 +32,7 @@ class Vocabulary:
         return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The token's bytes, perhaps a part of a character; empty for an id without a token."""
+        """Returns the token's bytes, perhaps a part of a character; empty for an id without a token."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -65,7 +65,7 @@ def max_chars_per_token(backend: Backend) -> int | None:
 
 
 def _keeps_bytes(pre_tokenizer: dict[str, Any]) -> bool:
-    """Whether the text is split without loss, and at last written as bytes."""
+    """Returns whether the text is split without loss, and at last written as bytes."""
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *splits, last = parts or [{"type": "none"}]
     return last["type"] == "ByteLevel" and all(

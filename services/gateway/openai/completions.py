@@ -123,7 +123,7 @@ def text_logprobs(
 
 
 def token_label(vocabulary: Vocabulary, token_id: int) -> str:
-    """A token as text; a part of a character as OpenAI writes it, `bytes:\\xe2\\x80`, so that parts stay distinct."""
+    """Returns a token as text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`, so parts stay distinct."""
     content = vocabulary.token_bytes(token_id)
     try:
         return content.decode()

@@ -97,7 +97,7 @@ class Answer:
 
     @property
     def is_worth_keeping(self) -> bool:
-        """Whether a retry should get it, rather than be computed again."""
+        """Returns whether a retry should get this answer, rather than be computed again."""
         return self.is_joinable and self.has_ended and self._head is not None and self._head["status"] == 200
 
     def cancel(self) -> None:
@@ -300,7 +300,7 @@ class IdempotentAnswers:
             return None
 
     async def _has_key(self, address: str, key_hash: str) -> bool:
-        """Whether another gateway is alive and has a key; if not, this one claims it."""
+        """Returns whether another gateway is alive and has a key; if not, this one claims it."""
         assert self._index is not None
         try:
             return await self._index.claim(key_hash) == address

@@ -116,7 +116,7 @@ def supported_fields(content: Mapping[str, object]) -> dict[str, object]:
 
 
 def _prompts(value: object) -> Prompts:
-    """A string, a list of strings, token ids, or a list of lists of token ids, as a list of prompts."""
+    """Returns a string, a list of strings, token ids, or a list of lists of token ids, as a list of prompts."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -133,7 +133,7 @@ def _prompts(value: object) -> Prompts:
 
 
 def _content(value: object) -> str:
-    """A message's content: a string, or text parts, which are joined by newlines."""
+    """Returns a message's content: a string, or text parts, which are joined by newlines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
