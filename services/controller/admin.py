@@ -12,7 +12,7 @@ from services.controller.policy.upgrade import ImpossibleUpgrade
 from services.controller.upgrade import Upgrade
 from services.controller.workflows import WorkflowFailed
 from shared.bus.connection import Incoming
-from shared.errors import MAX_MESSAGE_CHARS, PDServeError, RequestError, shortened
+from shared.errors import MAX_MESSAGE_CHARS, PDServeError, shortened
 from shared.messages.control import AdminAnswer, AdminRequest
 from shared.messages.records import GroupMap, InstanceRecord
 
@@ -65,17 +65,20 @@ class Admin:
             self._upgrading.cancel()
 
     async def handle(self, incoming: Incoming) -> None:
-        """One wish; answered whatever becomes of it."""
+        """Answers one request, whatever becomes of it."""
         verb = incoming.subject.rpartition(".")[2]
         try:
             request = incoming.parse(AdminRequest)
             answer = AdminAnswer(ok=True, message=await self._grant(verb, request))
-        except (PDServeError, RequestError) as error:
+        except PDServeError as error:
             answer = AdminAnswer(ok=False, message=getattr(error, "message", None) or str(error))
         except Exception:
             log.exception("the wish %s met a fault of this program", verb)
             answer = AdminAnswer(ok=False, message="the controller failed at this; its log says why")
-        await incoming.respond(answer.model_copy(update={"message": shortened(answer.message, MAX_MESSAGE_CHARS)}))
+        try:
+            await incoming.respond(answer.model_copy(update={"message": shortened(answer.message, MAX_MESSAGE_CHARS)}))
+        except PDServeError as error:  # a reply inbox that NATS does not accept must not end the controller
+            log.warning("The answer to %s could not be sent: %s", incoming.subject, error)
 
     async def _grant(self, verb: str, request: AdminRequest) -> str:
         if self._key and not hmac.compare_digest(self._key.encode(), request.key.encode()):

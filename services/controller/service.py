@@ -149,7 +149,9 @@ class Controller:
             upgrade = self._admin.upgrade_status()
             await incoming.respond(status(self._id, self._cluster, self._brain, upgrade, page))
         except PDServeError as error:
-            log.warning("a question about the status was not answered: %s", error)
+            log.warning("A status request was not answered: %s", error)
+        except Exception:  # the edge to the bus: this may be a task whose failure would end the controller
+            log.exception("A status request was not answered.")
 
     async def _on_admin(self, incoming: Incoming) -> None:
         """The leader alone answers operators."""
