@@ -142,6 +142,14 @@ class TolerantClient(Client):
         except Exception as error:  # an edge: what a sender wrote must not end the reading task  # noqa: BLE001
             self._skipped(subject, error)
 
+    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
+        """Writes buffered commands before the ping: in nats-py it overtakes them, and a flush ends too early."""
+        if self._pending:
+            self._transport.writelines(self._pending[:])  # type: ignore[union-attr]
+            self._pending = []
+            self._pending_data_size = 0
+        await super()._send_ping(future)
+
     async def _process_pong(self) -> None:
         """Without this, the answer to a flush that was cancelled or timed out ends the reading task."""
         if self._pongs and self._pongs[0].done():

@@ -322,6 +322,31 @@ async def test_an_unexpected_error_while_reconnecting_does_not_end_the_watch(
         await one.works()
 
 
+async def test_a_flush_comes_after_all_that_was_sent_before(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a subscription need not be live when `subscribe` returns, nor a missing subscriber be reported."""
+    async with echo(nats_url) as one:
+        client = one.bus._client
+        transport = client._transport
+        assert transport is not None
+        written: list[bytes] = []
+        write, write_lines = transport.write, transport.writelines
+
+        def note(data: bytes) -> None:
+            written.append(data)
+            write(data)
+
+        def note_lines(lines: list[bytes]) -> None:
+            written.extend(lines)
+            write_lines(lines)
+
+        monkeypatch.setattr(transport, "write", note)
+        monkeypatch.setattr(transport, "writelines", note_lines)
+        await client.subscribe("a.new.subject")
+        await client.publish("a.subject", b"x")
+        await one.bus.flush()
+        assert [data.split()[0] for data in written] == [b"SUB", b"PUB", b"PING"]
+
+
 async def test_a_flush_that_was_cancelled_harms_nobody(nats_url: str) -> None:
     """Its answer still arrives, and ended the library's reading task."""
     async with echo(nats_url) as one:
